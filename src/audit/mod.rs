@@ -1,0 +1,231 @@
+//! What happened: one record per item, chained by SHA-256, checkpointed by Ed25519, durable before the answer leaves.
+//!
+//! ```text
+//! DIR/audit/<instance>/<first sequence, 20 digits>.jsonl     0600, one chain per instance across its segments
+//!
+//! {"hash":"<64 hex>","seq":7,"prev":"<64 hex>","time":"…","kind":"access",…fields…}\n
+//!          └ SHA-256(0x01 ‖ every byte of the line behind `{"hash":"<64 hex>",` up to the newline)
+//!                             `prev` is the hash of record 6, so the hash covers the whole past; the first record's
+//!                             is SHA-256(0x00 ‖ `claviger audit chain v1` ‖ newline ‖ instance)
+//!
+//! {"hash":"…","seq":100,"prev":"…","time":"…","kind":"checkpoint","head":"…","kv_revision":41,"key":"<16 hex>","signature":"<base64>"}
+//! ```
+//!
+//! A chain alone can be rewritten by whoever can write the file; a checkpoint can't without the signing key. What
+//! follows the last checkpoint is unanchored, and verification says so. A cut tail shows only against an [`Anchor`]:
+//! a sequence and its hash, kept elsewhere.
+
+mod chain;
+mod checkpoint;
+mod query;
+mod queue;
+mod report;
+mod resume;
+mod segment;
+mod verify;
+mod writer;
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Reason, Reasoned};
+
+pub use chain::ChainHash;
+pub use checkpoint::{SigningKey, VerifyingKey};
+pub use query::{Query, query};
+pub use report::{Anchor, Finding, FindingKind, InstanceReport, Report};
+pub use verify::verify;
+pub use writer::{Log, Settings};
+
+/// What a record is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// Someone asked for something and got it, or not.
+    Access,
+    /// A change was authorised and is about to be made.
+    Intent,
+    /// The log was opened.
+    Start,
+    /// The log was closed in good order.
+    Shutdown,
+    /// A signed statement about everything before it.
+    Checkpoint,
+    /// A torn last line, left by a crash, was cut off.
+    Repaired,
+    /// The file that the log was writing to was deleted or replaced.
+    Lost,
+    /// Old segments were removed as the retention says.
+    Retention,
+    /// The policy set was loaded, reloaded, or refused.
+    Policy,
+}
+
+/// How it ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// Done; a value left, where one was asked for.
+    Ok,
+    /// The caller already had it; no value left.
+    Unchanged,
+    /// Policy said no.
+    Denied,
+    /// The caller is not known.
+    Unauthenticated,
+    /// There is no such thing.
+    NotFound,
+    /// It failed for another reason.
+    Failed,
+}
+
+/// What happened, without sequence, time and chain, which the log adds. No field ever holds a value.
+///
+/// The order of the fields is the order on the line. Empty ones are left out.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Record {
+    /// What the record is about.
+    pub kind: Option<Kind>,
+    /// `User::"ana"`.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub principal: String,
+    /// How the principal proved itself, and what of that may be written down: `token:AbC123`.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub proof: String,
+    /// Where the call came from.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub source_address: String,
+    /// The policy action.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub action: String,
+    /// The operation, where one action has several (`put`, `move_label`, `restore`).
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub operation: String,
+    /// The environment.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub environment: String,
+    /// The secret.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub secret: String,
+    /// The field, where one was asked for.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub field: String,
+    /// The version whose value really left, or that was really written.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub version_id: String,
+    /// The labels of that version.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub labels: Vec<String>,
+    /// `store` or `cache`.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub source: String,
+    /// Whether the value was past its time to live.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub stale: bool,
+    /// `allow`, `deny` or `approval_required`.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub decision: String,
+    /// The ids of the policies that decided.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub policies: Vec<String>,
+    /// How it ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub outcome: Option<Outcome>,
+    /// The stable reason, where it did not end well.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub error: String,
+    /// The request's id, which the caller is told too.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub request_id: String,
+    /// Why the caller wanted it, in the caller's words; at most 512 bytes.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub reason: String,
+    /// What else is worth knowing, in the broker's words.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub detail: String,
+}
+
+/// Why there is no record, or the log can't be read.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum AuditError {
+    /// The record could not be made durable: nothing may be served.
+    #[error("audit log {path} can't be written: {cause}; free space or mend the disk, the broker recovers by itself")]
+    Unavailable {
+        /// The file.
+        path: String,
+        /// What the system said.
+        cause: String,
+    },
+    /// The log on the disk is not one that can be continued.
+    #[error("audit log {path}: {problem}; run `claviger audit verify`, keep the folder as evidence and move it away")]
+    Broken {
+        /// The file and, as far as known, the line.
+        path: String,
+        /// What is wrong.
+        problem: String,
+    },
+    /// Another process, or another log of this one, writes this chain.
+    #[error("audit log {path} is in use by another broker; stop it, or give this one an instance name of its own")]
+    Locked {
+        /// The instance's folder.
+        path: String,
+    },
+    /// The folder or the instance's name can't be used for a log.
+    #[error("audit log {path}: {problem}")]
+    Unusable {
+        /// The folder.
+        path: String,
+        /// What is wrong and the mend.
+        problem: String,
+    },
+    /// The log can't be read.
+    #[error("audit log {path} can't be read: {cause}")]
+    Unreadable {
+        /// The folder or file.
+        path: String,
+        /// What the system said.
+        cause: String,
+    },
+    /// A record is not one that a caller may append.
+    #[error("audit record refused: {0}")]
+    Record(String),
+    /// The log is closed.
+    #[error("the audit log is closed: the broker is shutting down")]
+    Closed,
+    /// A signing key file is not usable.
+    #[error("audit signing key {path}: {problem}")]
+    Key {
+        /// The file.
+        path: String,
+        /// What is wrong and the mend.
+        problem: String,
+    },
+    /// A query makes no sense.
+    #[error("{0}")]
+    Query(String),
+}
+
+impl Reasoned for AuditError {
+    fn reason(&self) -> Reason {
+        match self {
+            Self::Unavailable { .. } | Self::Unreadable { .. } => Reason::AuditUnavailable,
+            Self::Broken { .. } => Reason::AuditBroken,
+            Self::Locked { .. } => Reason::Locked,
+            Self::Unusable { .. } => Reason::InvalidConfig,
+            Self::Record(_) => Reason::Internal,
+            Self::Closed => Reason::Unavailable,
+            Self::Key { .. } => Reason::InvalidKey,
+            Self::Query(_) => Reason::InvalidArgument,
+        }
+    }
+}
+
+/// How many records stand between two checkpoints at most.
+pub const CHECKPOINT_EVERY: u64 = 100;
+/// How long an unsigned record waits for a checkpoint at most, while records come.
+pub const CHECKPOINT_WITHIN: Duration = Duration::from_secs(10);
+/// How long a written record of a relaxed environment waits for the disk at most.
+pub const SYNC_WITHIN: Duration = Duration::from_millis(100);

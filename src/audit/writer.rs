@@ -1,0 +1,548 @@
+//! [`Log`]: the handle that callers append through, and the one thread behind it that writes.
+//!
+//! ```text
+//!   append ──▶ queue ──▶ chained ──▶ one write ──▶ one fdatasync, where ──▶ all answered ──▶ subscribers told
+//!   append ──▶   │       one after    for all       one of them must be
+//!   append ──▶   │       the other    that wait     durable
+//! ```
+//!
+//! INVARIANTS, of each batch:
+//! - it is acknowledged as a whole or not at all, and where it is not, nothing of it stays in the file;
+//! - the chain's head moves only with an acknowledged batch;
+//! - before each, the file is checked to be the one that was written, as it was left.
+
+use std::fmt;
+use std::mem;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use tokio::sync::broadcast;
+
+use super::chain::{Fields, Head, Lines, Notice};
+use super::checkpoint::{SigningKey, Statement};
+use super::queue::{self, Phase, Queue, Submission};
+use super::resume::{Resumed, resume};
+use super::segment::{Folder, Segment, list, unavailable};
+use super::{AuditError, CHECKPOINT_EVERY, CHECKPOINT_WITHIN, Record, SYNC_WITHIN};
+use crate::clock::SharedClock;
+use crate::environment::Durability;
+
+/// How long a log that can't be written waits before it tries by itself.
+const RETRY_EVERY: Duration = Duration::from_secs(1);
+/// How often a log that can't be written says so.
+const COMPLAIN_EVERY: Duration = Duration::from_secs(10);
+/// How many lines a subscriber may be behind before it loses some.
+const SUBSCRIBER_LAG: usize = 1_024;
+
+/// How a log is kept.
+#[derive(Clone)]
+pub struct Settings {
+    /// The folder of all instances' chains: `DIR/audit`. Made where it is missing.
+    pub directory: PathBuf,
+    /// The instance, which is the folder's name below: 1–64 of `A-Za-z0-9._-`, not starting with a dot.
+    pub instance: String,
+    /// How large a segment grows, in bytes, before the next begins; a batch is never split. Default 64 MiB.
+    pub segment_bytes: u64,
+    /// How old a segment's newest record is at least when the segment is removed. Default 730 days.
+    pub retention: Duration,
+    /// The key-value layer's durable revision, which each checkpoint vouches for. Called by the log's thread, and by
+    /// [`Log::open`] itself; must not block. Default 0.
+    pub kv_revision: Arc<dyn Fn() -> u64 + Send + Sync>,
+}
+
+impl Settings {
+    /// The defaults.
+    #[must_use]
+    pub fn new(directory: impl Into<PathBuf>, instance: impl Into<String>) -> Self {
+        Self {
+            directory: directory.into(),
+            instance: instance.into(),
+            segment_bytes: 64 << 20,
+            retention: Duration::from_secs(730 * 86_400),
+            kv_revision: Arc::new(|| 0),
+        }
+    }
+}
+
+impl fmt::Debug for Settings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Settings")
+            .field("directory", &self.directory)
+            .field("instance", &self.instance)
+            .field("segment_bytes", &self.segment_bytes)
+            .field("retention", &self.retention)
+            .finish_non_exhaustive()
+    }
+}
+
+/// An instance's audit log, open for writing. Cheap to clone; clones share one writer.
+///
+/// A log that is dropped without [`close`](Self::close) writes what waits and syncs it, but leaves no shutdown record.
+#[derive(Clone)]
+pub struct Log {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    shared: Arc<Shared>,
+    directory: PathBuf,
+    instance: String,
+    anchored_kv_revision: u64,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// What the handles and the writer share.
+struct Shared {
+    queue: Queue,
+    lines: broadcast::Sender<Arc<str>>,
+    trouble: Mutex<Option<AuditError>>,
+}
+
+impl Log {
+    /// Opens the log and says so in it. Blocks: it reads the chain from the last checkpoint on and syncs the start
+    /// record. Starts one thread.
+    ///
+    /// # Errors
+    /// [`AuditError::Broken`] where the chain can't be continued, [`AuditError::Locked`] where another writer has it,
+    /// [`AuditError::Unusable`], [`AuditError::Unreadable`], [`AuditError::Unavailable`].
+    pub fn open(settings: Settings, key: SigningKey, clock: SharedClock) -> Result<Self, AuditError> {
+        let folder = Folder::open(&settings.directory, &settings.instance)?;
+        let found = resume(folder.path(), &settings.instance, &key.verifying_key())?;
+        let segment = match found.segment {
+            Some((first, whole)) => folder.reopen(first, whole)?,
+            None => folder.create(found.head.seq + 1)?,
+        };
+        let shared = Arc::new(Shared {
+            queue: Queue::new(folder.path().display().to_string()),
+            lines: broadcast::Sender::new(SUBSCRIBER_LAG),
+            trouble: Mutex::new(None),
+        });
+        let mut inner = Inner {
+            shared: Arc::clone(&shared),
+            directory: settings.directory.clone(),
+            instance: settings.instance.clone(),
+            anchored_kv_revision: found.kv_revision,
+            thread: None,
+        };
+        let tally = Tally {
+            head: found.head,
+            unsigned: found.unsigned,
+            unsigned_since: None,
+            kv_revision: found.kv_revision,
+        };
+        let mut writer = Writer {
+            settings,
+            key,
+            clock,
+            shared,
+            folder,
+            segment,
+            tally,
+            pending: Vec::new(),
+            lines: Lines::default(),
+            unsynced_since: None,
+            retention_due: true,
+            is_troubled: false,
+            retry_at: Duration::ZERO,
+            complained_at: None,
+        };
+        writer.begin(found)?;
+        let path = writer.folder.path().to_owned();
+        let thread = thread::Builder::new().name("claviger-audit".to_owned()).spawn(move || writer.run());
+        inner.thread = Some(thread.map_err(|error| unavailable(&path, &error))?);
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// Appends a record and gives its sequence once it is written ([`Durability::Relaxed`]) or on the disk
+    /// ([`Durability::Durable`]). Texts beyond their bounds are cut. Once polled, the record is written whether or not
+    /// the answer is waited for.
+    ///
+    /// # Errors
+    /// [`AuditError::Unavailable`] where there is no record, and so nothing may be served; [`AuditError::Closed`];
+    /// [`AuditError::Record`] where its kind is one of the log's own.
+    pub async fn append(&self, record: Record, durability: Durability) -> Result<u64, AuditError> {
+        self.submit(Fields::of_record(record)?, Vec::new(), durability).await
+    }
+
+    /// Appends records that stand next to each other, all or none. No record is no error.
+    ///
+    /// # Errors
+    /// As [`append`](Self::append).
+    pub async fn append_all(&self, records: Vec<Record>, durability: Durability) -> Result<(), AuditError> {
+        let mut fields = records.into_iter().map(Fields::of_record);
+        let Some(first) = fields.next().transpose()? else { return Ok(()) };
+        let more = fields.collect::<Result<_, _>>()?;
+        self.submit(first, more, durability).await.map(|_| ())
+    }
+
+    async fn submit(&self, first: Fields, more: Vec<Fields>, durability: Durability) -> Result<u64, AuditError> {
+        let queue = &self.inner.shared.queue;
+        let (submission, answer) = Submission::new(first, more, durability);
+        queue.push(submission)?;
+        answer.await.unwrap_or_else(|_| Err(queue.stopped()))
+    }
+
+    /// Every line from now on, as it stands in the file without its newline, once it is acknowledged. A receiver that
+    /// is more than 1,024 lines behind loses the oldest.
+    #[must_use]
+    pub fn subscribe(&self) -> broadcast::Receiver<Arc<str>> {
+        self.inner.shared.lines.subscribe()
+    }
+
+    /// Whether the last attempt to write succeeded. A log in trouble tries again by itself every second.
+    ///
+    /// # Errors
+    /// What that attempt failed with.
+    pub fn health(&self) -> Result<(), AuditError> {
+        let shared = &self.inner.shared;
+        if shared.queue.has_failed() {
+            return Err(shared.queue.stopped());
+        }
+        shared.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone().map_or(Ok(()), Err)
+    }
+
+    /// The highest key-value revision that a checkpoint found at the start vouches for; 0 without one. A key-value
+    /// layer that is older was brought back from the past.
+    #[must_use]
+    pub fn anchored_kv_revision(&self) -> u64 {
+        self.inner.anchored_kv_revision
+    }
+
+    /// The folder of all instances.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        &self.inner.directory
+    }
+
+    /// The instance.
+    #[must_use]
+    pub fn instance(&self) -> &str {
+        &self.inner.instance
+    }
+
+    /// Writes what waits, a shutdown record and a checkpoint, syncs them, and lets go of the folder. Whoever calls
+    /// this again, or meanwhile, waits for the same end.
+    ///
+    /// # Errors
+    /// [`AuditError::Unavailable`] where the shutdown record could not be written; the log is closed all the same.
+    pub async fn close(&self) -> Result<(), AuditError> {
+        let queue = &self.inner.shared.queue;
+        match queue.close() {
+            Some(closed) => closed.await.unwrap_or_else(|_| Err(queue.stopped())),
+            None => Ok(()),
+        }
+    }
+}
+
+impl fmt::Debug for Log {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Log").field("instance", &self.inner.instance).finish_non_exhaustive()
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.shared.queue.abandon();
+        // Waited for, so that the folder is free again; by anyone but the writer itself, whose settings may hold a log.
+        if let Some(thread) = self.thread.take()
+            && thread.thread().id() != thread::current().id()
+        {
+            drop(thread.join());
+        }
+    }
+}
+
+/// How far a batch must go before it is acknowledged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Level {
+    Written,
+    Synced,
+    /// Synced, and with a checkpoint at its end.
+    Signed,
+}
+
+/// Where the chain stands, as far as acknowledged.
+#[derive(Debug, Clone, Copy)]
+struct Tally {
+    head: Head,
+    /// How many records follow the last checkpoint, and since when.
+    unsigned: u64,
+    unsigned_since: Option<Duration>,
+    /// Never falls: a key-value layer from the past is not vouched for.
+    kv_revision: u64,
+}
+
+struct Writer {
+    settings: Settings,
+    key: SigningKey,
+    clock: SharedClock,
+    shared: Arc<Shared>,
+    folder: Folder,
+    segment: Segment,
+    tally: Tally,
+    /// What the log has to say about itself, at the head of the next batch.
+    pending: Vec<Notice>,
+    lines: Lines,
+    unsynced_since: Option<Duration>,
+    retention_due: bool,
+    is_troubled: bool,
+    retry_at: Duration,
+    complained_at: Option<Duration>,
+}
+
+impl Writer {
+    fn begin(&mut self, found: Resumed) -> Result<(), AuditError> {
+        if let Some(torn) = &found.torn {
+            tracing::warn!(?torn, "audit log: a line that a crash left unfinished was cut off");
+        }
+        self.pending.extend(found.torn);
+        let version = env!("CARGO_PKG_VERSION").to_owned();
+        self.pending.push(Notice::Start { version, unsigned: found.unsigned });
+        self.commit(&[], Level::Signed).map(|_| ())
+    }
+
+    fn run(mut self) {
+        let shared = Arc::clone(&self.shared);
+        let _failure = Failure(&shared.queue);
+        let mut batch = Vec::new();
+        let result = loop {
+            let phase = shared.queue.take(&mut batch, self.patience());
+            if !batch.is_empty() {
+                self.serve(&mut batch);
+            }
+            match phase {
+                Phase::Open => self.tick(),
+                Phase::Closing => {
+                    self.pending.push(Notice::Shutdown {});
+                    break self.commit(&[], Level::Signed);
+                }
+                Phase::Abandoned | Phase::Closed | Phase::Failed => break self.commit(&[], Level::Synced),
+            }
+        };
+        // The folder is free before anyone is told.
+        drop(self);
+        shared.queue.finish(&result.map(|_| ()));
+    }
+
+    fn serve(&mut self, batch: &mut Vec<Submission>) {
+        let level = if batch.iter().any(Submission::is_durable) { Level::Synced } else { Level::Written };
+        match self.commit(batch, level) {
+            Ok(sequences) => queue::answer(batch.drain(..).zip(sequences.into_iter().map(Ok))),
+            Err(error) => queue::answer(batch.drain(..).map(|submission| (submission, Err(error.clone())))),
+        }
+    }
+
+    /// What time alone makes due.
+    fn tick(&mut self) {
+        if mem::take(&mut self.retention_due)
+            && let Err(error) = self.retain()
+        {
+            tracing::error!(%error, "audit log: old segments could not be removed");
+        }
+        let now = self.clock.monotonic();
+        if self.due().is_none_or(|due| now < due) {
+            return;
+        }
+        // Only a record that reaches the disk proves that the trouble is over.
+        let level = if self.is_troubled { Level::Signed } else { Level::Synced };
+        if self.commit(&[], level).is_err() {
+            self.retry_at = now + RETRY_EVERY;
+        }
+    }
+
+    fn due(&self) -> Option<Duration> {
+        let sync = self.unsynced_since.map(|since| since + SYNC_WITHIN);
+        let sign = self.tally.unsigned_since.map(|since| since + CHECKPOINT_WITHIN);
+        let retry = self.is_troubled.then_some(self.retry_at);
+        [sync, sign, retry].into_iter().flatten().min().map(|due| due.max(self.retry_at))
+    }
+
+    fn patience(&self) -> Option<Duration> {
+        self.due().map(|due| due.saturating_sub(self.clock.monotonic()))
+    }
+
+    /// Writes what is pending and a batch; gives the sequence of each group's last record.
+    fn commit(&mut self, batch: &[Submission], level: Level) -> Result<Vec<u64>, AuditError> {
+        let result = self.try_commit(batch, level);
+        self.note(result.as_ref().err());
+        result
+    }
+
+    fn try_commit(&mut self, batch: &[Submission], level: Level) -> Result<Vec<u64>, AuditError> {
+        self.hold_segment()?;
+        let (tally, sequences) = self.draft(batch, level)?;
+        self.make_room()?;
+        // What the log says about itself waits for no one.
+        let sync = level != Level::Written || !self.pending.is_empty();
+        let written = self.segment.append(self.lines.bytes(), sync);
+        written.map_err(|error| unavailable(self.segment.path(), &error))?;
+        self.tally = tally;
+        self.pending.clear();
+        self.unsynced_since =
+            if sync { None } else { self.unsynced_since.or_else(|| Some(self.clock.monotonic())) };
+        self.publish();
+        Ok(sequences)
+    }
+
+    /// Makes sure that the segment is the file that was written, as it was left; else begins another one that says so.
+    fn hold_segment(&mut self) -> Result<(), AuditError> {
+        let failed = |error: std::io::Error| unavailable(self.segment.path(), &error);
+        let Some(problem) = self.segment.problem().map_err(failed)? else {
+            return self.segment.mend().map_err(|error| unavailable(self.segment.path(), &error));
+        };
+        self.folder.refresh()?;
+        let next = self.folder.create(self.tally.head.seq + 1)?;
+        let lost = mem::replace(&mut self.segment, next);
+        tracing::error!(segment = %lost.path().display(), problem, "audit log: someone tampered with the log");
+        self.unsynced_since = None;
+        if lost.len() > 0 {
+            self.pending.push(Notice::Lost { segment: lost.name(), problem });
+        }
+        Ok(())
+    }
+
+    /// Encodes and chains; nothing but `lines` changes.
+    fn draft(&mut self, batch: &[Submission], level: Level) -> Result<(Tally, Vec<u64>), AuditError> {
+        self.lines.clear();
+        let mut draft = Draft {
+            lines: &mut self.lines,
+            settings: &self.settings,
+            key: &self.key,
+            tally: self.tally,
+            time: format!("{:.6}", self.clock.now()),
+            now: self.clock.monotonic(),
+        };
+        for notice in &self.pending {
+            draft.push(&Fields::of_notice(notice)?)?;
+        }
+        let mut sequences = Vec::with_capacity(batch.len());
+        for group in batch {
+            let mut last = 0;
+            for fields in group.fields() {
+                last = draft.push(fields)?;
+            }
+            sequences.push(last);
+        }
+        draft.finish(level)?;
+        Ok((draft.tally, sequences))
+    }
+
+    /// Begins the next segment where the drafted lines don't fit into this one.
+    fn make_room(&mut self) -> Result<(), AuditError> {
+        let drafted = u64::try_from(self.lines.bytes().len()).unwrap_or(u64::MAX);
+        let held = self.segment.len();
+        if drafted == 0 || held == 0 || held.saturating_add(drafted) <= self.settings.segment_bytes {
+            return Ok(());
+        }
+        self.segment.sync().map_err(|error| unavailable(self.segment.path(), &error))?;
+        self.unsynced_since = None;
+        self.segment = self.folder.create(self.tally.head.seq + 1)?;
+        self.retention_due = true;
+        Ok(())
+    }
+
+    fn publish(&self) {
+        if self.shared.lines.receiver_count() > 0 {
+            for line in String::from_utf8_lossy(self.lines.bytes()).lines() {
+                // The last receiver may have gone since.
+                drop(self.shared.lines.send(Arc::from(line)));
+            }
+        }
+    }
+
+    /// Removes the segments that are older than the retention, oldest first, once a signed record says so.
+    fn retain(&mut self) -> Result<(), AuditError> {
+        let Ok(cutoff) = self.clock.now().checked_sub(self.settings.retention) else { return Ok(()) };
+        let mut segments = list(self.folder.path())?.segments;
+        // The current one always stays.
+        let current = segments.pop();
+        let is_old = |first: &&u64| matches!(self.folder.newest(**first), Ok(Some(newest)) if newest < cutoff);
+        let old = segments.iter().take_while(is_old).count();
+        let Some(kept) = segments.get(old).copied().or(current).filter(|_| old > 0) else { return Ok(()) };
+        let Some(before) = self.folder.before(kept)? else {
+            tracing::error!(segment = kept, "audit log: its first line is damaged, so nothing before it is removed");
+            return Ok(());
+        };
+        let removed = u64::try_from(old).unwrap_or(u64::MAX);
+        self.pending.push(Notice::Retention { first: kept, first_prev: before.hash, removed });
+        self.commit(&[], Level::Signed)?;
+        for first in segments.into_iter().take(old) {
+            self.folder.remove(first).map_err(|error| unavailable(self.folder.path(), &error))?;
+        }
+        tracing::info!(removed, first = kept, "audit log: segments older than the retention were removed");
+        Ok(())
+    }
+
+    /// Keeps the health, and complains at most every so often.
+    fn note(&mut self, error: Option<&AuditError>) {
+        if error.is_none() && !self.is_troubled {
+            return;
+        }
+        *self.shared.trouble.lock().unwrap_or_else(PoisonError::into_inner) = error.cloned();
+        self.is_troubled = error.is_some();
+        let now = self.clock.monotonic();
+        let Some(error) = error else {
+            self.complained_at = None;
+            tracing::info!("audit log: it is written again");
+            return;
+        };
+        if self.complained_at.is_none_or(|at| now.saturating_sub(at) >= COMPLAIN_EVERY) {
+            self.complained_at = Some(now);
+            tracing::error!(%error, "audit log: nothing is served until this is mended");
+        }
+    }
+}
+
+/// Lets go of everyone who waits, where the writer ends by a panic.
+struct Failure<'a>(&'a Queue);
+
+impl Drop for Failure<'_> {
+    fn drop(&mut self) {
+        self.0.fail();
+    }
+}
+
+/// A batch under construction.
+struct Draft<'a> {
+    lines: &'a mut Lines,
+    settings: &'a Settings,
+    key: &'a SigningKey,
+    tally: Tally,
+    time: String,
+    now: Duration,
+}
+
+impl Draft<'_> {
+    /// Adds a record and, where it is time, a checkpoint; gives the record's sequence.
+    fn push(&mut self, fields: &Fields) -> Result<u64, AuditError> {
+        self.tally.head = self.lines.push(self.tally.head, &self.time, fields);
+        self.tally.unsigned += 1;
+        self.tally.unsigned_since.get_or_insert(self.now);
+        let sequence = self.tally.head.seq;
+        if self.tally.unsigned >= CHECKPOINT_EVERY {
+            self.checkpoint()?;
+        }
+        Ok(sequence)
+    }
+
+    fn finish(&mut self, level: Level) -> Result<(), AuditError> {
+        let is_signed = self.tally.unsigned == 0 && !self.lines.bytes().is_empty();
+        let waited = self.tally.unsigned_since.map(|since| self.now.saturating_sub(since));
+        let is_due = waited.is_some_and(|waited| waited >= CHECKPOINT_WITHIN);
+        if is_due || (level == Level::Signed && !is_signed) { self.checkpoint() } else { Ok(()) }
+    }
+
+    fn checkpoint(&mut self) -> Result<(), AuditError> {
+        let Tally { head, kv_revision, .. } = self.tally;
+        let kv_revision = kv_revision.max((self.settings.kv_revision)());
+        let statement = Statement { instance: &self.settings.instance, head, kv_revision, time: &self.time };
+        let signature = self.key.sign(&statement);
+        let key = self.key.id().to_owned();
+        let notice = Notice::Checkpoint { head: head.hash, kv_revision, key, signature };
+        let head = self.lines.push(head, &self.time, &Fields::of_notice(&notice)?);
+        self.tally = Tally { head, unsigned: 0, unsigned_since: None, kv_revision };
+        Ok(())
+    }
+}

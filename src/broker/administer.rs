@@ -1,0 +1,220 @@
+//! The broker's own business: tokens, policies, the audit log.
+
+use std::sync::Arc;
+
+use tokio::sync::broadcast;
+
+use super::{Broker, BrokerError, Call, record};
+use crate::audit::{AuditError, Query, Report};
+use crate::environment::Durability;
+use crate::error::Reason;
+use crate::identity::Principal;
+use crate::identity::token::{TokenRecord, TokenRequest};
+use crate::policy::{Action, Context, Effect, Explanation, Reloaded, Resource};
+use crate::secret::{EnvironmentName, SecretValue};
+
+/// Which part of the log a caller may see: one environment's records, or all of them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AuditView {
+    /// One environment's.
+    Environment(EnvironmentName),
+    /// All of them.
+    Everything,
+}
+
+impl AuditView {
+    fn resource(&self) -> Resource {
+        match self {
+            Self::Environment(environment) => Resource::Environment(environment.clone()),
+            Self::Everything => Resource::Broker,
+        }
+    }
+}
+
+impl Broker {
+    /// Issues a token. The value is the token itself, given out this once.
+    ///
+    /// # Errors
+    /// [`BrokerError`]; needs [`Action::Administer`] on the broker.
+    pub async fn create_token(
+        &self,
+        call: &Call,
+        request: TokenRequest,
+    ) -> Result<(TokenRecord, SecretValue), BrokerError> {
+        let grant = self.authorize(call, "create_token", Action::Administer, &Resource::Broker).await?;
+        self.intend(call, "create_token", &grant).await?;
+        let created = self.parts.tokens.create(request).await.map_err(BrokerError::from);
+        let record = record::of_grant(call, "create_token", &grant);
+        self.released(&grant, record, created, |(token, _), record| record.done().with_detail(said_of(token))).await
+    }
+
+    /// Every token, without secrets.
+    ///
+    /// # Errors
+    /// [`BrokerError`]; needs [`Action::Administer`] on the broker.
+    pub async fn list_tokens(&self, call: &Call) -> Result<Vec<TokenRecord>, BrokerError> {
+        let grant = self.authorize(call, "list_tokens", Action::Administer, &Resource::Broker).await?;
+        self.finished(call, "list_tokens", &grant, Ok(self.parts.tokens.list())).await
+    }
+
+    /// Ends a token; the next request with it is refused.
+    ///
+    /// # Errors
+    /// [`BrokerError`]; needs [`Action::Administer`] on the broker.
+    pub async fn revoke_token(&self, call: &Call, id: &str) -> Result<(), BrokerError> {
+        let grant = self.authorize(call, "revoke_token", Action::Administer, &Resource::Broker).await?;
+        self.intend(call, "revoke_token", &grant).await?;
+        let revoked = self.parts.tokens.revoke(id).await.map_err(BrokerError::from);
+        let record = record::of_grant(call, "revoke_token", &grant);
+        self.released(&grant, record, revoked, |token, record| record.done().with_detail(said_of(token)))
+            .await
+            .map(|_| ())
+    }
+
+    /// Whether the caller may do something; nothing is done.
+    ///
+    /// # Errors
+    /// Where the log can't be written.
+    pub async fn check_policy(&self, call: &Call, action: Action, resource: &Resource) -> Result<Effect, BrokerError> {
+        let context = Context { reason: call.reason.clone() };
+        let decision = match self.parts.policies.authorize(&call.principal, action, resource, &context) {
+            Ok(grant) => Arc::clone(grant.decision()),
+            Err(refusal) => refusal.decision,
+        };
+        let record = record::of_resource(call, "check_policy", action, resource, Some(&decision)).done();
+        self.append(record, self.durability(resource)).await?;
+        Ok(decision.effect)
+    }
+
+    /// Why `subject` may or may not; the caller itself where `None`.
+    ///
+    /// # Errors
+    /// [`BrokerError`]; about another than the caller: needs [`Action::Administer`] on the broker.
+    pub async fn explain_policy(
+        &self,
+        call: &Call,
+        subject: Option<Principal>,
+        action: Action,
+        resource: &Resource,
+    ) -> Result<Explanation, BrokerError> {
+        if subject.is_some() {
+            self.authorize(call, "explain_policy", Action::Administer, &Resource::Broker).await?;
+        }
+        let context = Context { reason: call.reason.clone() };
+        let principal = subject.map_or_else(|| Arc::clone(&call.principal), Arc::new);
+        let explanation = self.parts.policies.explain(&principal, action, resource, &context);
+        let record = record::of_resource(call, "explain_policy", action, resource, None);
+        let record = record.done().with_detail(format!("about {principal}"));
+        self.append(record, self.durability(resource)).await?;
+        Ok(explanation)
+    }
+
+    /// Reads the policy files again; where they are not valid, the last good set stays.
+    ///
+    /// # Errors
+    /// [`BrokerError`]; needs [`Action::Administer`] on the broker.
+    pub async fn reload_policy(&self, call: &Call) -> Result<Reloaded, BrokerError> {
+        let grant = self.authorize(call, "reload_policy", Action::Administer, &Resource::Broker).await?;
+        let reloaded = self.parts.policies.reload().map_err(BrokerError::from);
+        let record = record::of_grant(call, "reload_policy", &grant);
+        self.released(&grant, record, reloaded, |reloaded, record| {
+            record.done().with_detail(format!("generation {}, {} policies", reloaded.generation, reloaded.policies))
+        })
+        .await
+    }
+
+    /// The same, without a caller: the policy files changed, or the process was told to look.
+    ///
+    /// # Errors
+    /// [`BrokerError`].
+    pub async fn reload_policy_unasked(&self, cause: &str) -> Result<Reloaded, BrokerError> {
+        let reloaded = self.parts.policies.reload().map_err(BrokerError::from);
+        let record = record::of_policies(cause);
+        let record = match &reloaded {
+            Ok(reloaded) => record.done().with_detail(format!(
+                "{cause}: generation {}, {} policies",
+                reloaded.generation, reloaded.policies
+            )),
+            Err(error) => record.ended(error).with_detail(format!("{cause}: {error}; the last good set stays")),
+        };
+        self.append(record, Durability::Durable).await?;
+        reloaded
+    }
+
+    /// Puts the set in force on record.
+    ///
+    /// # Errors
+    /// Where the log can't be written.
+    pub async fn record_policy_loaded(&self, cause: &str) -> Result<(), BrokerError> {
+        let policies = &self.parts.policies;
+        let detail = format!("{cause}: generation {}, {} policies", policies.generation(), policies.len());
+        self.append(record::of_policies(cause).done().with_detail(detail), Durability::Durable).await
+    }
+
+    /// Records that match `query`, newest first, of the part of the log that `view` names.
+    ///
+    /// # Errors
+    /// [`BrokerError`]; needs [`Action::Audit`] on the environment or the broker.
+    pub async fn query_audit(
+        &self,
+        call: &Call,
+        view: &AuditView,
+        mut query: Query,
+    ) -> Result<Vec<String>, BrokerError> {
+        let grant = self.authorize(call, "query_audit", Action::Audit, &view.resource()).await?;
+        if let AuditView::Environment(environment) = view {
+            query.environment = Some(environment.to_string());
+        }
+        let directory = self.parts.log.directory().to_owned();
+        let lines = off_the_reactor(move || crate::audit::query(&directory, &query)).await;
+        let record = record::of_grant(call, "query_audit", &grant);
+        self.released(&grant, record, lines, |lines, record| {
+            record.done().with_detail(format!("{} records", lines.len()))
+        })
+        .await
+    }
+
+    /// Records as they are made durable, from now on.
+    ///
+    /// # Errors
+    /// [`BrokerError`]; needs [`Action::Audit`] on the environment or the broker.
+    pub async fn tail_audit(
+        &self,
+        call: &Call,
+        view: &AuditView,
+    ) -> Result<broadcast::Receiver<Arc<str>>, BrokerError> {
+        let grant = self.authorize(call, "tail_audit", Action::Audit, &view.resource()).await?;
+        let lines = self.parts.log.subscribe();
+        self.finished(call, "tail_audit", &grant, Ok(lines)).await
+    }
+
+    /// Walks every chain of the log from its start.
+    ///
+    /// # Errors
+    /// [`BrokerError`]; needs [`Action::Audit`] on the broker.
+    pub async fn verify_audit(&self, call: &Call) -> Result<Report, BrokerError> {
+        let keys = self.parts.audit_keys.clone();
+        let grant = self.authorize(call, "verify_audit", Action::Audit, &Resource::Broker).await?;
+        let directory = self.parts.log.directory().to_owned();
+        let report = off_the_reactor(move || crate::audit::verify(&directory, &keys, &[])).await;
+        let record = record::of_grant(call, "verify_audit", &grant);
+        self.released(&grant, record, report, |report, record| {
+            record.done().with_detail(format!("{} findings", report.findings.len()))
+        })
+        .await
+    }
+}
+
+fn said_of(token: &TokenRecord) -> String {
+    format!("token {} of {}::\"{}\", expires {}", token.id, token.kind.entity_type(), token.principal, token.expires_at)
+}
+
+/// Reading a log is file I/O for as long as the log is.
+async fn off_the_reactor<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, AuditError> + Send + 'static,
+) -> Result<T, BrokerError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result.map_err(BrokerError::from),
+        Err(error) => Err(BrokerError::rejected(Reason::Internal, format!("reading the audit log failed: {error}"))),
+    }
+}

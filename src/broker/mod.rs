@@ -1,0 +1,291 @@
+//! Read this first: the one place where grant, cached store, audit and value meet. Every front door calls it, and so
+//! does the broker's own work.
+//!
+//! ```text
+//! read    Call ─▶ authorize ─▶ Grant ─▶ Guarded (cache, store) ─▶ record, durable ─▶ value
+//! change  Call ─▶ authorize ─▶ Grant ─▶ intent, durable ─▶ Guarded ─▶ record, durable ─▶ answer
+//!                    │
+//!                    └─ Refusal ─▶ record, durable ─▶ error
+//! ```
+//!
+//! INVARIANT: nothing that a store said leaves this module before its record is as durable as its environment asks
+//! ([`Broker::released`]); a change is on record before it is made ([`Broker::intend`]). When the log can't be
+//! written, both fail and nothing is served.
+//!
+//! INVARIANT: the stores are reachable only through [`Guarded`], whose methods take a [`Grant`].
+
+mod administer;
+mod read;
+mod record;
+mod write;
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::audit::{AuditError, Log, Outcome, Record, VerifyingKey};
+use crate::clock::SharedClock;
+use crate::environment::{Durability, EnvironmentError, Registry};
+use crate::error::{Reason, Reasoned};
+use crate::identity::token::{TokenError, Tokens};
+use crate::identity::{IdentityError, Principal, SourceAddress};
+use crate::policy::{Action, Context, Grant, Policies, PolicyError, Refusal, Resource};
+use crate::secret::{FieldError, SecretId};
+use crate::store::StoreError;
+use crate::store::guarded::Guarded;
+
+pub use administer::AuditView;
+pub use read::{BatchRequest, Disclosed, MAX_BATCH, Read};
+pub use write::RolledBack;
+
+/// The parts that a broker is made of.
+pub struct Parts {
+    /// The declared environments.
+    pub registry: Registry,
+    /// Who may do what.
+    pub policies: Arc<Policies>,
+    /// The cached stores.
+    pub stores: Guarded,
+    /// What happened.
+    pub log: Log,
+    /// The keys that the log's checkpoints are verified with: the present one and those before it.
+    pub audit_keys: Vec<VerifyingKey>,
+    /// The broker's own tokens.
+    pub tokens: Arc<Tokens>,
+    /// The time.
+    pub clock: SharedClock,
+}
+
+/// The broker.
+pub struct Broker {
+    parts: Parts,
+}
+
+/// A call as the front door understood it: who, from where, why.
+#[derive(Debug, Clone)]
+pub struct Call {
+    /// Who is calling.
+    pub principal: Arc<Principal>,
+    /// From where.
+    pub source_address: SourceAddress,
+    /// The request's id, told to the caller too.
+    pub request_id: String,
+    /// Why, in the caller's words.
+    pub reason: Option<String>,
+}
+
+impl Call {
+    /// A call by the broker itself, under its own principal. Authorised and recorded like any other.
+    #[must_use]
+    pub fn internal(principal: Principal, reason: &str) -> Self {
+        Self {
+            principal: Arc::new(principal),
+            source_address: SourceAddress::Internal,
+            request_id: uuid::Uuid::new_v4().to_string(),
+            reason: Some(reason.to_owned()),
+        }
+    }
+}
+
+/// Why there is no answer. Each variant is its layer's own error; this one only tells them apart.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BrokerError {
+    /// Policy.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// The environment.
+    #[error(transparent)]
+    Environment(#[from] EnvironmentError),
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The field asked for.
+    #[error("secret `{name}` in environment `{environment}`: {source}", name = .id.name, environment = .id.environment)]
+    Field {
+        /// The secret.
+        id: SecretId,
+        /// What is wrong with the field.
+        source: FieldError,
+    },
+    /// The audit log.
+    #[error(transparent)]
+    Audit(#[from] AuditError),
+    /// The policy set.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
+    /// A token.
+    #[error(transparent)]
+    Token(#[from] TokenError),
+    /// A request that the broker can't take.
+    #[error("{message}")]
+    Rejected {
+        /// The stable reason.
+        reason: Reason,
+        /// What is wrong and the mend.
+        message: String,
+    },
+}
+
+impl Reasoned for BrokerError {
+    fn reason(&self) -> Reason {
+        match self {
+            Self::Refused(error) => error.reason(),
+            Self::Environment(error) => error.reason(),
+            Self::Store(error) => error.reason(),
+            Self::Field { source, .. } => source.reason(),
+            Self::Audit(error) => error.reason(),
+            Self::Policy(error) => error.reason(),
+            Self::Token(error) => error.reason(),
+            Self::Rejected { reason, .. } => *reason,
+        }
+    }
+}
+
+impl BrokerError {
+    fn rejected(reason: Reason, message: impl Into<String>) -> Self {
+        Self::Rejected { reason, message: message.into() }
+    }
+}
+
+impl Broker {
+    /// A broker of these parts.
+    #[must_use]
+    pub const fn new(parts: Parts) -> Self {
+        Self { parts }
+    }
+
+    /// The declared environments.
+    #[must_use]
+    pub const fn registry(&self) -> &Registry {
+        &self.parts.registry
+    }
+
+    /// The audit log.
+    #[must_use]
+    pub const fn log(&self) -> &Log {
+        &self.parts.log
+    }
+
+    /// The policies.
+    #[must_use]
+    pub const fn policies(&self) -> &Arc<Policies> {
+        &self.parts.policies
+    }
+
+    /// Records a caller who could not be recognised.
+    ///
+    /// # Errors
+    /// Where the log can't be written.
+    pub async fn record_stranger(
+        &self,
+        source_address: &SourceAddress,
+        request_id: &str,
+        operation: &'static str,
+        error: &IdentityError,
+    ) -> Result<(), BrokerError> {
+        let record = record::stranger(source_address, request_id, operation, error);
+        self.append(record, Durability::Durable).await
+    }
+
+    /// Records a request by a known caller that made no sense, and gives its error back.
+    pub async fn record_rejected(&self, call: &Call, operation: &'static str, error: BrokerError) -> BrokerError {
+        let record = record::of_call(call, operation).ended(&error);
+        match self.append(record, Durability::Durable).await {
+            Ok(()) => error,
+            Err(unrecorded) => unrecorded,
+        }
+    }
+
+    /// May the caller? A refusal is on record before the caller hears of it. What is absent is refused like what is
+    /// there: policy never looks into a store.
+    async fn authorize(
+        &self,
+        call: &Call,
+        operation: &'static str,
+        action: Action,
+        resource: &Resource,
+    ) -> Result<Grant, BrokerError> {
+        let outcome = self.decide(call, action, resource).and_then(|grant| {
+            if let Some(environment) = resource.environment() {
+                self.parts.registry.get(environment).map_err(|error| (Some(grant.decision().clone()), error.into()))?;
+            }
+            Ok(grant)
+        });
+        match outcome {
+            Ok(grant) => Ok(grant),
+            Err((decision, error)) => {
+                let record = record::of_resource(call, operation, action, resource, decision.as_deref()).ended(&error);
+                self.append(record, self.durability(resource)).await?;
+                Err(error)
+            }
+        }
+    }
+
+    fn decide(
+        &self,
+        call: &Call,
+        action: Action,
+        resource: &Resource,
+    ) -> Result<Grant, (Option<Arc<crate::policy::Decision>>, BrokerError)> {
+        let context = Context { reason: call.reason.clone() };
+        self.parts
+            .policies
+            .authorize(&call.principal, action, resource, &context)
+            .map_err(|refusal| (Some(Arc::clone(&refusal.decision)), refusal.into()))
+    }
+
+    /// Puts a change on record before it is made.
+    async fn intend(&self, call: &Call, operation: &'static str, grant: &Grant) -> Result<(), BrokerError> {
+        let record = record::of_grant(call, operation, grant).intent();
+        self.append(record, self.durability(grant.resource())).await
+    }
+
+    /// Gives `result` out after its record is durable: the one exit for everything that a store said.
+    async fn released<T>(
+        &self,
+        grant: &Grant,
+        record: Record,
+        result: Result<T, BrokerError>,
+        describe: impl FnOnce(&T, Record) -> Record,
+    ) -> Result<T, BrokerError> {
+        let record = match &result {
+            Ok(answer) => describe(answer, record),
+            Err(error) => record.ended(error),
+        };
+        self.append(record, self.durability(grant.resource())).await?;
+        result
+    }
+
+    async fn append(&self, record: Record, durability: Durability) -> Result<(), BrokerError> {
+        self.parts.log.append(record, durability).await?;
+        Ok(())
+    }
+
+    /// As the environment asks; the broker's own business and undeclared environments are always durable.
+    fn durability(&self, resource: &Resource) -> Durability {
+        resource
+            .environment()
+            .and_then(|environment| self.parts.registry.get(environment).ok())
+            .map_or(Durability::Durable, |environment| environment.durability)
+    }
+}
+
+impl fmt::Debug for Broker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Broker").field("registry", &self.parts.registry).finish_non_exhaustive()
+    }
+}
+
+/// How a failure is filed.
+pub(crate) const fn outcome_of(reason: Reason) -> Outcome {
+    match reason {
+        Reason::Denied | Reason::ApprovalRequired => Outcome::Denied,
+        Reason::Unauthenticated => Outcome::Unauthenticated,
+        Reason::EnvironmentNotFound
+        | Reason::SecretNotFound
+        | Reason::VersionNotFound
+        | Reason::FieldNotFound
+        | Reason::TokenNotFound => Outcome::NotFound,
+        _ => Outcome::Failed,
+    }
+}

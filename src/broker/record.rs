@@ -1,0 +1,133 @@
+//! How a call becomes an audit record. No function here is given a value.
+
+use super::{BrokerError, Call, outcome_of};
+use crate::audit::{Kind, Outcome, Record};
+use crate::error::Reasoned as _;
+use crate::identity::{IdentityError, SourceAddress};
+use crate::policy::{Action, Decision, Grant, Resource};
+use crate::secret::{FieldName, Version};
+use crate::store::{Fetched, Source};
+
+/// Who called, from where, why.
+pub(super) fn of_call(call: &Call, operation: &'static str) -> Record {
+    let proof = call.principal.proof();
+    Record {
+        kind: Some(Kind::Access),
+        principal: call.principal.to_string(),
+        proof: match proof.detail.as_str() {
+            "" => proof.method.to_owned(),
+            detail => format!("{}:{detail}", proof.method),
+        },
+        source_address: call.source_address.to_string(),
+        operation: operation.to_owned(),
+        request_id: call.request_id.clone(),
+        reason: call.reason.clone().unwrap_or_default(),
+        ..Record::default()
+    }
+}
+
+/// The same, with what it was about and what policy said.
+pub(super) fn of_resource(
+    call: &Call,
+    operation: &'static str,
+    action: Action,
+    resource: &Resource,
+    decision: Option<&Decision>,
+) -> Record {
+    let mut record = of_call(call, operation);
+    action.as_str().clone_into(&mut record.action);
+    if let Some(environment) = resource.environment() {
+        environment.as_str().clone_into(&mut record.environment);
+    }
+    if let Resource::Secret(id) = resource {
+        id.name.as_str().clone_into(&mut record.secret);
+    }
+    if let Some(decision) = decision {
+        decision.effect.as_str().clone_into(&mut record.decision);
+        record.policies = decision.policies.iter().map(ToString::to_string).collect();
+    }
+    record
+}
+
+/// The same, for what a grant permits.
+pub(super) fn of_grant(call: &Call, operation: &'static str, grant: &Grant) -> Record {
+    of_resource(call, operation, grant.action(), grant.resource(), Some(grant.decision()))
+}
+
+/// A caller whom nobody knows.
+pub(super) fn stranger(
+    source_address: &SourceAddress,
+    request_id: &str,
+    operation: &'static str,
+    error: &IdentityError,
+) -> Record {
+    Record {
+        kind: Some(Kind::Access),
+        source_address: source_address.to_string(),
+        operation: operation.to_owned(),
+        request_id: request_id.to_owned(),
+        outcome: Some(outcome_of(error.reason())),
+        error: error.reason().code().to_owned(),
+        detail: error.to_string(),
+        ..Record::default()
+    }
+}
+
+/// The policy set itself.
+pub(super) fn of_policies(operation: &str) -> Record {
+    Record { kind: Some(Kind::Policy), operation: operation.to_owned(), ..Record::default() }
+}
+
+impl Record {
+    /// It is about to be done.
+    pub(super) fn intent(mut self) -> Self {
+        self.kind = Some(Kind::Intent);
+        self
+    }
+
+    /// It was done.
+    pub(super) fn done(mut self) -> Self {
+        self.outcome = Some(Outcome::Ok);
+        self
+    }
+
+    /// It was not done.
+    pub(super) fn ended(mut self, error: &BrokerError) -> Self {
+        self.outcome = Some(outcome_of(error.reason()));
+        error.reason().code().clone_into(&mut self.error);
+        self
+    }
+
+    /// Which member was asked for.
+    pub(super) fn of_field(mut self, field: Option<&FieldName>) -> Self {
+        if let Some(field) = field {
+            field.as_str().clone_into(&mut self.field);
+        }
+        self
+    }
+
+    /// Which version it was about.
+    pub(super) fn of_version(mut self, version: &Version) -> Self {
+        version.id.as_str().clone_into(&mut self.version_id);
+        self.labels = version.labels.iter().map(ToString::to_string).collect();
+        self
+    }
+
+    /// Which version left, from where, and whether it was past its time.
+    pub(super) fn of_fetched(self, fetched: &Fetched) -> Self {
+        let mut record = self.of_version(&fetched.version);
+        match fetched.source {
+            Source::Store => "store",
+            Source::Cache => "cache",
+        }
+        .clone_into(&mut record.source);
+        record.stale = fetched.stale;
+        record
+    }
+
+    /// What else is worth knowing.
+    pub(super) fn with_detail(mut self, detail: impl Into<String>) -> Self {
+        self.detail = detail.into();
+        self
+    }
+}

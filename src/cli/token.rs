@@ -1,0 +1,291 @@
+//! `claviger token`: the broker's own tokens.
+//!
+//! ```text
+//! create  {"token":{…},"secret"}
+//! list    {"tokens":[{"id","kind":"user"|"workload","principal","groups","claims","created_at","expires_at",
+//!                     "revoked_at","created_by"}]}
+//! revoke  {"id"}
+//! ```
+//! The secret is in the answer to `create` and nowhere else.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use jiff::Timestamp;
+use serde::Serialize;
+use zeroize::Zeroizing;
+
+use super::connect::connect;
+use super::output::{self, Output, moment, table};
+use super::{CliError, Context, Exit};
+use crate::client::ClientError;
+use crate::clock::{SharedClock, parse_duration};
+use crate::proto::v1;
+
+/// What can be done with tokens.
+#[derive(clap::Subcommand)]
+pub(super) enum Command {
+    /// Issue a token and print it, this once
+    Create(CreateArgs),
+    /// List the tokens, without their secrets
+    List,
+    /// End a token now
+    Revoke(RevokeArgs),
+}
+
+/// What `token create` takes.
+#[derive(clap::Args)]
+pub(super) struct CreateArgs {
+    #[command(flatten)]
+    subject: SubjectArgs,
+    /// How long it lasts: 1m to 400d
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    expires: Duration,
+}
+
+/// Whom a token, or a question, is about.
+#[derive(clap::Args)]
+pub(super) struct SubjectArgs {
+    /// Person that it stands for
+    #[arg(long, value_name = "ID", conflicts_with = "workload", required_unless_present = "workload")]
+    user: Option<String>,
+    /// Program that it stands for
+    #[arg(long, value_name = "ID")]
+    workload: Option<String>,
+    /// Group of theirs; may be repeated
+    #[arg(long = "group", value_name = "GROUP")]
+    groups: Vec<String>,
+    /// Claim of theirs; may be repeated
+    #[arg(long = "claim", value_name = "KEY=VALUE", value_parser = parse_claim)]
+    claims: Vec<(String, String)>,
+}
+
+/// What `token revoke` takes.
+#[derive(clap::Args)]
+pub(super) struct RevokeArgs {
+    /// Public id of the token, as `token list` shows it
+    id: String,
+}
+
+/// Does one of them.
+pub(super) async fn run(command: Command, context: &Context) -> Result<Exit, CliError> {
+    match command {
+        Command::Create(args) => create(args, context).await?,
+        Command::List => list(context).await?,
+        Command::Revoke(args) => revoke(args, context).await?,
+    }
+    Ok(Exit::DONE)
+}
+
+async fn create(args: CreateArgs, context: &Context) -> Result<(), CliError> {
+    let expires_in = prost_types::Duration::try_from(args.expires)
+        .map_err(|_| CliError::usage("--expires is too long; at most 400d"))?;
+    let request = v1::CreateTokenRequest {
+        subject: Some(args.subject.into_subject()?),
+        expires_in: Some(expires_in),
+        reason: context.reason(),
+    };
+    let answer = connect(context).await?.tokens().create_token(request).await.map_err(ClientError::from)?;
+    let answer = answer.into_inner();
+    let secret = Zeroizing::new(answer.secret);
+    let token = answer.token.ok_or_else(|| ClientError::malformed("holds no token"))?;
+    created(&Token::from(token), &secret, context.output)
+}
+
+/// The secret alone on stdout, so that it can be piped into a file; what else there is to say on stderr.
+fn created(token: &Token, secret: &Zeroizing<String>, output: Output) -> Result<(), CliError> {
+    if output.is_json() {
+        let shape = Created { token, secret: secret.as_str() };
+        return output.secret_json(&shape, 64 * 1024);
+    }
+    let (id, principal, expires) = (&token.id, &token.principal, moment(token.expires_at));
+    output.notice(&format!("token {id} for {} {principal}, until {expires}; it is shown this once", token.kind));
+    output.bytes(secret.as_bytes())?;
+    output.bytes(b"\n")
+}
+
+async fn list(context: &Context) -> Result<(), CliError> {
+    let mut client = connect(context).await?.tokens();
+    let mut request = v1::ListTokensRequest::default();
+    let mut tokens = Vec::new();
+    loop {
+        let page = client.list_tokens(request.clone()).await.map_err(ClientError::from)?.into_inner();
+        tokens.extend(page.tokens.into_iter().map(Token::from));
+        if page.next_page_token.is_empty() {
+            break;
+        }
+        if page.next_page_token == request.page_token {
+            return Err(ClientError::malformed("gives the same page for ever").into());
+        }
+        request.page_token = page.next_page_token;
+    }
+    let shape = List { tokens };
+    context.output.answer(&shape, || text(&shape.tokens, &context.clock))
+}
+
+async fn revoke(args: RevokeArgs, context: &Context) -> Result<(), CliError> {
+    let request = v1::RevokeTokenRequest { id: args.id.clone(), reason: context.reason() };
+    connect(context).await?.tokens().revoke_token(request).await.map_err(ClientError::from)?;
+    let id = args.id;
+    context.output.answer(&Revoked { id: &id }, || format!("token {}: revoked", output::printable(&id)))
+}
+
+impl SubjectArgs {
+    /// The subject on the wire; a claim that stands twice is refused.
+    fn into_subject(self) -> Result<v1::Subject, CliError> {
+        let (kind, id) = match (self.user, self.workload) {
+            (Some(id), _) => (v1::PrincipalKind::User, id),
+            (None, id) => (v1::PrincipalKind::Workload, id.unwrap_or_default()),
+        };
+        Ok(v1::Subject { kind: kind.into(), id, groups: self.groups, claims: claims(self.claims)?.into_iter().collect() })
+    }
+}
+
+/// Claims by name.
+pub(super) fn claims(given: Vec<(String, String)>) -> Result<BTreeMap<String, String>, CliError> {
+    let mut claims = BTreeMap::new();
+    for (name, value) in given {
+        if claims.contains_key(&name) {
+            return Err(CliError::usage(format!("claim `{name}` stands twice; give it once")));
+        }
+        claims.insert(name, value);
+    }
+    Ok(claims)
+}
+
+/// `KEY=VALUE`, neither empty.
+pub(super) fn parse_claim(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() && !value.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err("is not KEY=VALUE".to_owned()),
+    }
+}
+
+#[derive(Serialize)]
+struct Created<'a> {
+    token: &'a Token,
+    secret: &'a str,
+}
+
+#[derive(Serialize)]
+struct List {
+    tokens: Vec<Token>,
+}
+
+#[derive(Serialize)]
+struct Revoked<'a> {
+    id: &'a str,
+}
+
+#[derive(Serialize)]
+struct Token {
+    id: String,
+    kind: &'static str,
+    principal: String,
+    groups: BTreeSet<String>,
+    claims: BTreeMap<String, String>,
+    created_at: Option<Timestamp>,
+    expires_at: Option<Timestamp>,
+    revoked_at: Option<Timestamp>,
+    created_by: String,
+}
+
+impl From<v1::Token> for Token {
+    fn from(token: v1::Token) -> Self {
+        let subject = token.subject.unwrap_or_default();
+        Self {
+            id: token.id,
+            kind: match subject.kind() {
+                v1::PrincipalKind::User => "user",
+                v1::PrincipalKind::Workload => "workload",
+                v1::PrincipalKind::Unspecified => "unknown",
+            },
+            principal: subject.id,
+            groups: subject.groups.into_iter().collect(),
+            claims: subject.claims.into_iter().collect(),
+            created_at: output::time(token.created_at),
+            expires_at: output::time(token.expires_at),
+            revoked_at: output::time(token.revoked_at),
+            created_by: token.created_by,
+        }
+    }
+}
+
+impl Token {
+    fn state(&self, now: Timestamp) -> &'static str {
+        match (self.revoked_at, self.expires_at) {
+            (Some(_), _) => "revoked",
+            (None, Some(expires_at)) if expires_at <= now => "expired",
+            (None, _) => "valid",
+        }
+    }
+}
+
+fn text(tokens: &[Token], clock: &SharedClock) -> String {
+    let now = clock.now();
+    let row = |token: &Token| {
+        let groups = token.groups.iter().map(String::as_str).collect::<Vec<_>>().join(",");
+        let subject = format!("{} {}", token.kind, token.principal);
+        let (state, until) = (token.state(now).to_owned(), moment(token.expires_at));
+        [token.id.clone(), subject, groups, state, until, token.created_by.clone()]
+    };
+    match tokens {
+        [] => String::new(),
+        tokens => table(["ID", "STANDS FOR", "GROUPS", "STATE", "EXPIRES", "ISSUED BY"], tokens.iter().map(row)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::refusal;
+    use super::*;
+    use crate::clock::ManualClock;
+
+    fn token(id: &str, expires: i64, revoked: Option<i64>) -> Token {
+        let at = |second| Timestamp::from_second(second).unwrap();
+        Token {
+            id: id.to_owned(),
+            kind: "user",
+            principal: "ana".to_owned(),
+            groups: BTreeSet::from(["leads".to_owned(), "team".to_owned()]),
+            claims: BTreeMap::new(),
+            created_at: Some(at(0)),
+            expires_at: Some(at(expires)),
+            revoked_at: revoked.map(at),
+            created_by: "User::\"root\"".to_owned(),
+        }
+    }
+
+    #[test]
+    fn a_token_is_valid_expired_or_revoked() {
+        let clock: SharedClock = ManualClock::new(Timestamp::from_second(100).unwrap());
+        let shown = text(&[token("a", 200, None), token("b", 100, None), token("c", 200, Some(50))], &clock);
+        let states: Vec<_> = shown.lines().skip(1).filter_map(|line| line.split("  ").nth(3)).collect();
+        assert_eq!(states, ["valid", "expired", "revoked"], "{shown}");
+        assert_eq!(text(&[], &clock), "");
+    }
+
+    #[test]
+    fn a_token_stands_for_exactly_one() {
+        for arguments in [
+            &["token", "create", "--expires", "1h"][..],
+            &["token", "create", "--user", "a", "--workload", "b", "--expires", "1h"],
+            &["token", "create", "--user", "a"],
+            &["token", "create", "--user", "a", "--expires", "5"],
+            &["token", "create", "--user", "a", "--expires", "1h", "--claim", "x"],
+        ] {
+            assert_eq!(refusal(arguments).exit_code(), 2, "{arguments:?}");
+        }
+    }
+
+    #[test]
+    fn claims_are_pairs_and_stand_once() {
+        assert_eq!(parse_claim("repo=a=b").unwrap(), ("repo".to_owned(), "a=b".to_owned()));
+        for bad in ["", "a", "=b", "a="] {
+            assert!(parse_claim(bad).is_err(), "{bad:?}");
+        }
+        let pair = |value: &str| ("repo".to_owned(), value.to_owned());
+        assert!(claims(vec![pair("a"), pair("b")]).unwrap_err().message.contains("`repo`"));
+        assert_eq!(claims(vec![pair("a")]).unwrap().len(), 1);
+    }
+}

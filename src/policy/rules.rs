@@ -1,0 +1,420 @@
+//! From texts to rules: parses, keeps the house rules, and validates strictly against the schema. Every complaint names
+//! file, line, column and policy.
+//!
+//! Nothing of a set is used unless all of it is right: a set without one of its `forbid`s is a different set.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use cedar_policy::ffi::DetailedError;
+use cedar_policy::{
+    Effect as CedarEffect, EntityUid, ParseErrors, Policy, PolicyId, PolicySet, Schema, ValidationError,
+    ValidationMode, Validator,
+};
+use jiff::Timestamp;
+
+use super::PolicyError;
+use super::entities::{BROKER, Vocabulary};
+use super::slice::{Constraint, Scope};
+use super::source::{PolicySource, SourceFile, one_line};
+use crate::environment::Registry;
+
+/// The most policies in one set.
+const MAX_POLICIES: usize = 10_000;
+const MAX_ID: usize = 64;
+const ANNOTATIONS: [&str; 5] = ["id", "approvals", "expires", "allow_wildcard", "loud"];
+/// How far a policy may look: at the principal, the action, the resource and what they are in, but not through them at
+/// other entities, which the broker does not supply (Cedar RFC 76, level validation).
+const LEVEL: u32 = 1;
+
+/// A policy with what the house reads from its annotations.
+pub(super) struct Rule {
+    pub(super) id: Arc<str>,
+    /// The file's name.
+    pub(super) file: Arc<str>,
+    /// File, line, column and id, for messages.
+    pub(super) place: String,
+    pub(super) policy: Policy,
+    pub(super) scope: Scope,
+    /// How many approvals by others a permit needs.
+    pub(super) approvals: Option<u8>,
+    /// From when on it is inert.
+    pub(super) expires: Option<Timestamp>,
+    /// Whether its decisions are warnings.
+    pub(super) loud: bool,
+    /// Whether it may look at the request's context.
+    pub(super) reads_context: bool,
+    /// Why it may permit as much as it does.
+    wildcard: Option<String>,
+}
+
+impl Rule {
+    pub(super) fn permits(&self) -> bool {
+        self.policy.effect() == CedarEffect::Permit
+    }
+
+    fn refuse(&self, problem: &str) -> PolicyError {
+        PolicyError::Invalid { place: self.place.clone(), problem: problem.to_owned() }
+    }
+}
+
+/// Everything that was loaded together.
+pub(super) struct RuleSet {
+    pub(super) rules: Vec<Rule>,
+    by_id: HashMap<Arc<str>, usize>,
+    pub(super) vocabulary: Vocabulary,
+    pub(super) warnings: Vec<String>,
+}
+
+impl RuleSet {
+    /// Reads, checks and validates a set.
+    pub(super) fn load(source: &PolicySource, registry: &Registry) -> Result<Self, PolicyError> {
+        let files = source.policies()?;
+        let schema = schema(&files.schema)?;
+        let vocabulary = Vocabulary::of(&schema).map_err(|problem| files.schema.invalid(0, &problem))?;
+        let mut draft = Draft::default();
+        for file in &files.policies {
+            draft.read(file, &vocabulary)?;
+        }
+        let mut warnings = files.warnings;
+        warnings.extend(draft.validate(schema, &files.place)?);
+        let Draft { rules, by_id, .. } = draft;
+        for rule in &rules {
+            warnings.extend(wildcard(rule, &vocabulary, registry)?);
+            warnings.extend(unknown_names(rule, &vocabulary, registry));
+        }
+        Ok(Self { rules, by_id, vocabulary, warnings })
+    }
+
+    /// The rule that Cedar calls so.
+    pub(super) fn rule(&self, id: &PolicyId) -> Option<&Rule> {
+        let id: &str = id.as_ref();
+        self.rules.get(*self.by_id.get(id)?)
+    }
+}
+
+fn schema(file: &SourceFile) -> Result<Schema, PolicyError> {
+    match Schema::from_cedarschema_str(&file.text) {
+        Ok((schema, _)) => Ok(schema),
+        Err(error) => {
+            let complaint = Complaint::from(DetailedError::from(&error));
+            Err(file.invalid(complaint.offset.unwrap_or(0), &complaint.message))
+        }
+    }
+}
+
+/// Rules as they come out of the files, not yet validated.
+#[derive(Default)]
+struct Draft<'a> {
+    rules: Vec<Rule>,
+    /// The file of each rule.
+    files: Vec<&'a SourceFile>,
+    by_id: HashMap<Arc<str>, usize>,
+}
+
+impl<'a> Draft<'a> {
+    fn read(&mut self, file: &'a SourceFile, vocabulary: &Vocabulary) -> Result<(), PolicyError> {
+        let set = parse(file)?;
+        let mut end = 0;
+        // Policies come in the order of the text, so each is found behind the one before it.
+        for policy in set.policies() {
+            let text = policy.to_cedar().unwrap_or_default();
+            let rest = file.text.get(end..).unwrap_or_default();
+            let start = end + rest.find(text.as_str()).unwrap_or(0);
+            end = start + text.len();
+            self.add(rule(file, start, &text, policy, vocabulary)?, file)?;
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, rule: Rule, file: &'a SourceFile) -> Result<(), PolicyError> {
+        if self.rules.len() == MAX_POLICIES {
+            let problem =
+                format!("there are more than {MAX_POLICIES} policies; let groups do the work of single ids");
+            return Err(rule.refuse(&problem));
+        }
+        if let Some(taken) = self.by_id.get(&rule.id).and_then(|number| self.rules.get(*number)) {
+            return Err(
+                rule.refuse(&format!("the id is taken by {}; ids are unique across files", taken.place))
+            );
+        }
+        self.by_id.insert(Arc::clone(&rule.id), self.rules.len());
+        self.rules.push(rule);
+        self.files.push(file);
+        Ok(())
+    }
+
+    /// Validates all policies strictly. Gives Cedar's warnings.
+    fn validate(&self, schema: Schema, place: &str) -> Result<Vec<String>, PolicyError> {
+        let policies = self.rules.iter().map(|rule| rule.policy.clone());
+        let set = PolicySet::from_policies(policies).map_err(|error| PolicyError::Invalid {
+            place: place.to_owned(),
+            problem: one_line(&error.to_string()),
+        })?;
+        let result = Validator::new(schema).validate_with_level(&set, ValidationMode::Strict, LEVEL);
+        let errors = result.validation_errors().map(|error| {
+            let complaint = Complaint::from(DetailedError::from(error)).with_mend_for(error);
+            self.placed(error.policy_id(), complaint)
+        });
+        let errors = in_order(errors.collect());
+        if let Some((place, problem)) = errors.first() {
+            let more = match errors.len() - 1 {
+                0 => String::new(),
+                more => format!(" (and {more} more like it)"),
+            };
+            return Err(PolicyError::Invalid { place: place.clone(), problem: format!("{problem}{more}") });
+        }
+        let warnings = result
+            .validation_warnings()
+            .map(|warning| self.placed(warning.policy_id(), Complaint::from(DetailedError::from(warning))));
+        Ok(in_order(warnings.collect())
+            .into_iter()
+            .map(|(place, problem)| format!("{place}: {problem}"))
+            .collect())
+    }
+
+    /// A complaint with the position that it sorts by.
+    fn placed(&self, id: &PolicyId, complaint: Complaint) -> (usize, usize, String, String) {
+        let text: &str = id.as_ref();
+        let number = self.by_id.get(text).copied().unwrap_or(usize::MAX);
+        let offset = complaint.offset.unwrap_or(0);
+        let place = match (self.rules.get(number), self.files.get(number), complaint.offset) {
+            (Some(rule), Some(file), Some(offset)) => placed(file, offset, &rule.id),
+            (Some(rule), ..) => rule.place.clone(),
+            _ => format!("policy `{text}`"),
+        };
+        let message = complaint.message.replace(&format!("for policy `{text}`, "), "");
+        (number, offset, place, message)
+    }
+}
+
+/// Sorts complaints by position, so that the same mistakes give the same message each time.
+fn in_order(mut complaints: Vec<(usize, usize, String, String)>) -> Vec<(String, String)> {
+    complaints.sort();
+    complaints.into_iter().map(|(_, _, place, message)| (place, message)).collect()
+}
+
+/// What Cedar has to say about a text.
+struct Complaint {
+    offset: Option<usize>,
+    message: String,
+}
+
+impl From<DetailedError> for Complaint {
+    fn from(error: DetailedError) -> Self {
+        let label = error.source_locations.into_iter().next();
+        let offset = label.as_ref().map(|label| label.loc.start);
+        let hint = error.help.or_else(|| label.and_then(|label| label.label));
+        let message = match hint {
+            Some(hint) => format!("{}; {hint}", error.message),
+            None => error.message,
+        };
+        Self { offset, message: one_line(&message) }
+    }
+}
+
+impl Complaint {
+    /// Adds what to do where Cedar does not say.
+    fn with_mend_for(mut self, error: &ValidationError) -> Self {
+        if matches!(error, ValidationError::EntityDerefLevelViolation(_)) {
+            self.message.push_str("; read attributes and tags of `principal` and `resource` only");
+        }
+        self
+    }
+}
+
+fn placed(file: &SourceFile, offset: usize, id: &str) -> String {
+    format!("{}, policy `{id}`", file.place(offset))
+}
+
+fn parse(file: &SourceFile) -> Result<PolicySet, PolicyError> {
+    let set = file.text.parse::<PolicySet>().map_err(|errors: ParseErrors| {
+        let complaint = Complaint::from(DetailedError::from(&errors));
+        file.invalid(complaint.offset.unwrap_or(0), &complaint.message)
+    })?;
+    if let Some(template) = set.templates().next() {
+        let offset = file.text.find(&template.to_cedar()).unwrap_or(0);
+        let problem = "is a template, which nothing fills in; write the principal and the resource out";
+        return Err(file.invalid(offset, problem));
+    }
+    if set.is_empty() {
+        return Err(file.invalid(0, "there is no policy in this file; write one or delete the file"));
+    }
+    Ok(set)
+}
+
+/// Reads one policy's annotations and head.
+fn rule(
+    file: &SourceFile,
+    offset: usize,
+    text: &str,
+    policy: &Policy,
+    vocabulary: &Vocabulary,
+) -> Result<Rule, PolicyError> {
+    let id = id(policy).map_err(|problem| file.invalid(offset, &problem))?;
+    let place = placed(file, offset, &id);
+    let refuse = |problem: String| PolicyError::Invalid { place: place.clone(), problem: one_line(&problem) };
+    known_annotations(policy).map_err(refuse)?;
+    Ok(Rule {
+        file: Arc::clone(&file.name),
+        scope: Scope::of(policy, vocabulary),
+        approvals: approvals(policy).map_err(refuse)?,
+        expires: expires(policy).map_err(refuse)?,
+        loud: loud(policy).map_err(refuse)?,
+        wildcard: allowed_wildcard(policy).map_err(refuse)?,
+        // The word can't be written any other way, so a text without it can't read the context. One that has it in a
+        // comment is taken to read it, which costs a cached decision and nothing else.
+        reads_context: text.is_empty() || text.contains("context"),
+        policy: policy.new_id(PolicyId::new(&id)),
+        place: place.clone(),
+        id: id.into(),
+    })
+}
+
+fn id(policy: &Policy) -> Result<String, String> {
+    let id = policy.annotation("id").ok_or("a policy has no @id; write @id(\"short-name\") above it")?;
+    let permitted = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    if id.is_empty() || id.len() > MAX_ID || !id.chars().all(permitted) {
+        return Err(format!(
+            "@id(\"{}\") is not 1 to {MAX_ID} of A-Z, a-z, 0-9 and ._-",
+            id.escape_default().take(MAX_ID).collect::<String>()
+        ));
+    }
+    Ok(id.to_owned())
+}
+
+fn known_annotations(policy: &Policy) -> Result<(), String> {
+    let Some((unknown, _)) = policy.annotations().find(|(name, _)| !ANNOTATIONS.contains(name)) else {
+        return Ok(());
+    };
+    let nearest = nearest(unknown, ANNOTATIONS).unwrap_or_default();
+    Err(format!("unknown annotation @{unknown}; did you mean @{nearest}? Notes go into comments"))
+}
+
+fn approvals(policy: &Policy) -> Result<Option<u8>, String> {
+    let Some(text) = policy.annotation("approvals") else { return Ok(None) };
+    if policy.effect() == CedarEffect::Forbid {
+        return Err("@approvals is for a permit; what is forbidden stays so whoever approves".to_owned());
+    }
+    match text.parse::<u8>() {
+        Ok(0) => Err("@approvals(\"0\") asks for nothing; remove it, or ask for 1 or more".to_owned()),
+        // Written as one would count: no sign, no leading zero.
+        Ok(count) if count.to_string() == text => Ok(Some(count)),
+        _ => Err(format!("@approvals(\"{}\") is not a number from 1 to 255", text.escape_default())),
+    }
+}
+
+fn expires(policy: &Policy) -> Result<Option<Timestamp>, String> {
+    let Some(text) = policy.annotation("expires") else { return Ok(None) };
+    text.parse().map(Some).map_err(|_| {
+        let text = text.escape_default();
+        format!("@expires(\"{text}\") is not a time; write it like 2026-01-31T17:00:00Z (RFC 3339)")
+    })
+}
+
+fn loud(policy: &Policy) -> Result<bool, String> {
+    match policy.annotation("loud") {
+        None => Ok(false),
+        Some("true") => Ok(true),
+        Some(_) => Err("@loud is either \"true\" or not there".to_owned()),
+    }
+}
+
+fn allowed_wildcard(policy: &Policy) -> Result<Option<String>, String> {
+    match policy.annotation("allow_wildcard") {
+        None => Ok(None),
+        Some(_) if policy.effect() == CedarEffect::Forbid => {
+            Err("@allow_wildcard is for a permit; a forbid may reach as far as it likes".to_owned())
+        }
+        Some(why) if why.trim().is_empty() => {
+            Err("@allow_wildcard says why, for example \"on-call\"".to_owned())
+        }
+        Some(why) => Ok(Some(why.to_owned())),
+    }
+}
+
+/// Refuses a permit that gives too much by what it leaves open, unless it says why; and then warns of it.
+fn wildcard(
+    rule: &Rule,
+    vocabulary: &Vocabulary,
+    registry: &Registry,
+) -> Result<Option<String>, PolicyError> {
+    let reaches = reaches_protected(&rule.scope.resource, vocabulary, registry);
+    let everyone = matches!(rule.scope.principal, Constraint::Any);
+    let everything = matches!(rule.scope.resource, Constraint::Any);
+    if !rule.permits() || !rule.scope.all_actions() || !reaches {
+        return Ok(None);
+    }
+    let what = match (everyone, everything) {
+        (true, true) => "leaves principal, action and resource all open",
+        (_, true) => "gives every action on everything",
+        _ => "gives every action on what is protected",
+    };
+    match &rule.wildcard {
+        Some(why) => Ok(Some(format!("{}: {what}, because: {}", rule.place, one_line(why)))),
+        None => {
+            let mend = "list the actions, or say why with @allow_wildcard(\"…\")";
+            Err(rule.refuse(&format!("{what}; {mend}")))
+        }
+    }
+}
+
+/// Whether a resource that is protected can satisfy the constraint.
+fn reaches_protected(constraint: &Constraint, vocabulary: &Vocabulary, registry: &Registry) -> bool {
+    match constraint {
+        Constraint::Any | Constraint::Is(_) => true,
+        Constraint::Eq(uid) | Constraint::In(uid) | Constraint::IsIn(_, uid) => {
+            let name = environment_of(uid, vocabulary);
+            let declared = registry.iter().find(|environment| Some(environment.name.as_str()) == name);
+            declared.is_none_or(|environment| environment.protected)
+        }
+    }
+}
+
+/// The environment that an entity is, or that its id says it is in.
+fn environment_of<'a>(uid: &'a EntityUid, vocabulary: &Vocabulary) -> Option<&'a str> {
+    let id = uid.id().unescaped();
+    if vocabulary.is_environment(uid) {
+        Some(id)
+    } else if vocabulary.is_secret(uid) {
+        id.split_once(':').map(|(environment, _)| environment)
+    } else {
+        None
+    }
+}
+
+/// Points out names that nothing bears: an environment that is not declared, an id that only looks like another.
+fn unknown_names(rule: &Rule, vocabulary: &Vocabulary, registry: &Registry) -> Vec<String> {
+    let mut warnings: Vec<String> = rule
+        .policy
+        .entity_literals()
+        .iter()
+        .filter_map(|uid| unknown_name(uid, vocabulary, registry))
+        .map(|problem| format!("{}: {}", rule.place, one_line(&problem)))
+        .collect();
+    warnings.sort();
+    warnings.dedup();
+    warnings
+}
+
+fn unknown_name(uid: &EntityUid, vocabulary: &Vocabulary, registry: &Registry) -> Option<String> {
+    let id = uid.id().unescaped();
+    if id.trim() != id {
+        return Some(format!("{uid} has a space at its end; ids are compared exactly"));
+    }
+    if vocabulary.is_secret(uid) && !id.contains(':') {
+        return Some(format!("{uid} is no secret; write Secret::\"environment:name\""));
+    }
+    let name = environment_of(uid, vocabulary)?;
+    let declared = || registry.iter().map(|environment| environment.name.as_str());
+    if name == BROKER || declared().any(|declared| declared == name) {
+        return None;
+    }
+    let hint = nearest(name, declared()).filter(|near| strsim::damerau_levenshtein(near, name) <= 3);
+    let hint = hint.map(|near| format!("; did you mean `{near}`?")).unwrap_or_default();
+    Some(format!("environment `{name}` is not declared{hint}"))
+}
+
+fn nearest<'a>(text: &str, names: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    names.into_iter().min_by_key(|name| strsim::damerau_levenshtein(name, text))
+}

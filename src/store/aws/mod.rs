@@ -1,0 +1,230 @@
+//! AWS Secrets Manager as a store: it keeps versions and labels itself, this asks it well.
+//!
+//! | file | what |
+//! |---|---|
+//! | `connect` | credentials, region, time limits, retries |
+//! | `names` | `{environment}/{name}` and back |
+//! | `read` | one value, many values |
+//! | `describe` | labels, versions, lists |
+//! | `write` | versions, labels, deletion |
+//! | `errors` | AWS's codes as [`StoreError`] |
+//!
+//! What AWS's API does not offer, and what follows:
+//! - A write can't name what it expects to be current, and one that asks for AWSPENDING takes it from whoever holds
+//!   it. [`put`](Store::put) therefore looks first and then writes: between the two, someone who does not go through
+//!   this broker can still come first. Only the creation of a secret and a label's move are atomic.
+//! - Changes have no number, so [`Order::Unknown`] is all that can be said.
+//! - The SDK offers no wiping. A value is moved out of its answers without a copy and wiped from then on; the answer's
+//!   bytes on their way (TLS, HTTP body, JSON and base64 decoding) and what a write hands to the SDK are freed unwiped.
+//! - At level `TRACE` the crate `aws_smithy_runtime` logs requests with their bodies: `telemetry` keeps it above.
+
+mod connect;
+mod describe;
+mod errors;
+mod names;
+mod read;
+mod write;
+
+use std::fmt;
+
+use async_trait::async_trait;
+use aws_credential_types::Credentials;
+use aws_sdk_secretsmanager::Client;
+use aws_sdk_secretsmanager::primitives::DateTime;
+use jiff::Timestamp;
+
+pub use connect::Bounds;
+
+use self::names::{DEFAULT_TEMPLATE, Names};
+use super::{
+    Description, Fetched, Freshness, ListPage, ListRequest, Put, RecoveryWindow, Store, StoreError, Written,
+};
+use crate::clock::SharedClock;
+use crate::environment::AwsSettings;
+use crate::secret::{EnvironmentName, LabelMove, SecretId, Selector};
+
+#[cfg(doc)]
+use super::Order;
+
+/// The secrets of one environment in one account and region of AWS.
+pub struct Aws {
+    environment: EnvironmentName,
+    names: Names,
+    client: Client,
+    clock: SharedClock,
+}
+
+impl Aws {
+    /// Prepares to ask AWS with the credentials that the process finds around it. Asks nothing yet, except for the
+    /// region where none is configured.
+    ///
+    /// # Errors
+    /// [`StoreError::Invalid`] for a name template that could mean two things, and where no region is known.
+    pub async fn connect(
+        environment: EnvironmentName,
+        settings: &AwsSettings,
+        clock: SharedClock,
+    ) -> Result<Self, StoreError> {
+        let names = names_of(&environment, settings)?;
+        let client = connect::from_surroundings(&environment, settings).await?;
+        Ok(Self { environment, names, client, clock })
+    }
+
+    /// Prepares to ask AWS with given credentials, as tests and tools want it; nothing is taken from around the
+    /// process.
+    ///
+    /// # Errors
+    /// As [`connect`](Self::connect); also where a role is to be assumed.
+    pub fn with_credentials(
+        environment: EnvironmentName,
+        settings: &AwsSettings,
+        credentials: Credentials,
+        bounds: &Bounds,
+        clock: SharedClock,
+    ) -> Result<Self, StoreError> {
+        let names = names_of(&environment, settings)?;
+        let client = connect::with_credentials(&environment, settings, credentials, bounds)?;
+        Ok(Self { environment, names, client, clock })
+    }
+
+    fn name_in_aws(&self, id: &SecretId) -> Result<String, StoreError> {
+        self.serves(&id.environment)?;
+        self.names.in_aws(id)
+    }
+
+    fn serves(&self, environment: &EnvironmentName) -> Result<(), StoreError> {
+        if *environment == self.environment {
+            return Ok(());
+        }
+        Err(StoreError::Invalid(format!(
+            "this store serves environment `{}` and was asked for `{environment}`; ask that environment's own",
+            self.environment
+        )))
+    }
+}
+
+impl fmt::Debug for Aws {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Aws")
+            .field("environment", &self.environment)
+            .field("names", &self.names)
+            .finish_non_exhaustive()
+    }
+}
+
+#[async_trait]
+impl Store for Aws {
+    async fn get(&self, id: &SecretId, selector: &Selector, _: Freshness) -> Result<Fetched, StoreError> {
+        self.fetch(id, selector).await
+    }
+
+    async fn batch_get(
+        &self,
+        items: &[(SecretId, Selector)],
+        _: Freshness,
+    ) -> Vec<Result<Fetched, StoreError>> {
+        self.fetch_many(items).await
+    }
+
+    async fn put(&self, id: &SecretId, put: Put) -> Result<Written, StoreError> {
+        self.write(id, &put).await
+    }
+
+    async fn describe(&self, id: &SecretId) -> Result<Description, StoreError> {
+        self.described(id).await
+    }
+
+    async fn list(
+        &self,
+        environment: &EnvironmentName,
+        request: &ListRequest,
+    ) -> Result<ListPage, StoreError> {
+        self.serves(environment)?;
+        self.page(request).await
+    }
+
+    async fn move_label(&self, id: &SecretId, change: &LabelMove) -> Result<Written, StoreError> {
+        self.relabel(id, change).await
+    }
+
+    async fn delete(&self, id: &SecretId, window: RecoveryWindow) -> Result<Timestamp, StoreError> {
+        self.bury(id, window).await
+    }
+
+    async fn restore(&self, id: &SecretId) -> Result<(), StoreError> {
+        self.exhume(id).await
+    }
+
+    /// Needs the permission `secretsmanager:ListSecrets`.
+    async fn ping(&self, environment: &EnvironmentName) -> Result<(), StoreError> {
+        self.serves(environment)?;
+        self.probe().await
+    }
+}
+
+fn names_of(environment: &EnvironmentName, settings: &AwsSettings) -> Result<Names, StoreError> {
+    Names::parse(settings.name_template.as_deref().unwrap_or(DEFAULT_TEMPLATE), environment)
+}
+
+/// `None` outside of the years that both types know.
+fn timestamp(time: Option<DateTime>) -> Option<Timestamp> {
+    let time = time?;
+    Timestamp::new(time.secs(), i32::try_from(time.subsec_nanos()).ok()?).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::SystemClock;
+    use crate::error::{Reason, Reasoned};
+
+    fn settings(template: Option<&str>) -> AwsSettings {
+        AwsSettings {
+            region: Some("eu-central-1".to_owned()),
+            // Nothing listens on port 9 of loopback, and nothing here gets that far.
+            endpoint: Some("http://127.0.0.1:9".to_owned()),
+            role_arn: None,
+            name_template: template.map(ToOwned::to_owned),
+        }
+    }
+
+    fn aws(template: Option<&str>) -> Result<Aws, StoreError> {
+        let credentials = Credentials::new("id", "canary-5f3a", None, None, "test");
+        let environment = EnvironmentName::parse("production").unwrap();
+        Aws::with_credentials(
+            environment,
+            &settings(template),
+            credentials,
+            &Bounds::default(),
+            SystemClock::shared(),
+        )
+    }
+
+    #[tokio::test]
+    async fn another_environment_is_not_served() {
+        let aws = aws(None).unwrap();
+        let id = SecretId::parse("staging", "database").unwrap();
+        let error = aws.get(&id, &Selector::CURRENT, Freshness::Cached).await.unwrap_err();
+        assert_eq!(error.reason(), Reason::InvalidArgument);
+        assert!(aws.ping(&id.environment).await.is_err());
+        assert!(aws.list(&id.environment, &ListRequest::default()).await.is_err());
+    }
+
+    #[test]
+    fn an_ambiguous_template_is_refused_at_once() {
+        assert_eq!(aws(Some("{environment}{name}")).unwrap_err().reason(), Reason::InvalidArgument);
+    }
+
+    #[test]
+    fn debug_shows_no_credentials() {
+        assert!(!format!("{:?}", aws(None).unwrap()).contains("canary"));
+    }
+
+    #[test]
+    fn times_keep_their_fraction() {
+        let time = timestamp(Some(DateTime::from_secs_and_nanos(1_569_534_789, 46_000_000))).unwrap();
+        assert_eq!(time.as_millisecond(), 1_569_534_789_046);
+        assert_eq!(timestamp(Some(DateTime::from_secs(i64::MAX))), None);
+        assert_eq!(timestamp(None), None);
+    }
+}

@@ -1,0 +1,391 @@
+//! The store of our own: envelope-encrypted values, versions and labels on top of the key-value layer.
+//!
+//! ```text
+//!   put ─▶ read record and root ─▶ rules ─▶ seal the value ─▶ one transaction: value, record, root
+//!               ▲                                                   │ compared with what was read
+//!               └───────────────── changed meanwhile ◀──────────────┘
+//!   get ─▶ read record, check its MAC ─▶ label or id ─▶ read the value, open it for this very slot
+//! ```
+//!
+//! | file | holds |
+//! |---|---|
+//! | `keys` | where things stand |
+//! | `meta` | the store's id and integrity key |
+//! | `record` | one secret, under a MAC for its place |
+//! | `root` | what an environment's records add up to |
+//! | `rules` | what a request makes of a secret |
+//! | `change` | how that is committed |
+//! | `verify` | whether an environment's records add up |
+//!
+//! What an intruder who can write the key-value store can't do unnoticed: change, move or swap a value or a record
+//! (found when it is read); remove a record, add one that was removed, or bring an older one back (found when the
+//! environment is first used after the broker's start, and then all of it is refused). What this module can't see is
+//! an environment brought back whole, records and root together, or removed whole; the audit log's checkpoints know
+//! how far the store had come.
+//!
+//! Wiping: values are opened into buffers that wipe themselves, and the key-value layer sees ciphertext alone.
+
+mod change;
+mod keys;
+mod meta;
+mod record;
+mod root;
+mod rules;
+#[cfg(test)]
+mod tests;
+mod verify;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use jiff::Timestamp;
+use tokio::sync::Mutex;
+
+use self::change::Request;
+use self::meta::Meta;
+use self::record::{RecordError, SecretRecord, VersionRecord};
+use self::root::Root;
+use self::verify::{Records, Verified};
+use super::{
+    Description, Fetched, Freshness, ListPage, ListRequest, Listed, Order, Put, RecoveryWindow, Source,
+    Store, StoreError, Written,
+};
+use crate::clock::SharedClock;
+use crate::crypto::{CryptoError, Mac, RootKey, Slot};
+use crate::error::{Reason, Reasoned};
+use crate::kv::{Compare, Entry, Kv, KvError, Revision, Transaction, Write};
+use crate::secret::{EnvironmentName, LabelMove, SecretId, SecretName, SecretValue, Selector, VersionId};
+
+/// How often a lost race is run again before the caller is told to.
+const ATTEMPTS: usize = 16;
+/// The most names of one list page.
+const MOST_LISTED: usize = 100;
+const DAY: Duration = Duration::from_secs(86_400);
+
+/// Why the store can't be opened.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// The layer below.
+    #[error(transparent)]
+    Kv(#[from] KvError),
+    /// The root key is another one ([`CryptoError::WrongKey`]), or gave no random bytes.
+    #[error("sealed store: {0}")]
+    Crypto(#[from] CryptoError),
+    /// The store's own record is missing or was changed.
+    #[error("sealed store: {0}; restore it from a backup")]
+    Tampered(&'static str),
+}
+
+impl Reasoned for OpenError {
+    fn reason(&self) -> Reason {
+        match self {
+            Self::Kv(error) => error.reason(),
+            Self::Crypto(error) => error.reason(),
+            Self::Tampered(_) => Reason::Tampered,
+        }
+    }
+}
+
+/// Envelope-encrypted secrets in a key-value store.
+pub struct Sealed {
+    kv: Arc<dyn Kv>,
+    root_key: Arc<RootKey>,
+    clock: SharedClock,
+    meta: Meta,
+    /// One change at a time within this process, which spares it most lost races. Correctness is the transactions'.
+    writer: Mutex<()>,
+    verified: Verified,
+}
+
+impl Sealed {
+    /// Opens the store in `kv`; makes it where there is none.
+    ///
+    /// # Errors
+    /// [`OpenError`], with [`Reason::WrongKey`] where it was made under another root key.
+    pub async fn open(
+        kv: Arc<dyn Kv>,
+        root_key: Arc<RootKey>,
+        clock: SharedClock,
+    ) -> Result<Self, OpenError> {
+        let meta = match kv.get(keys::META).await? {
+            Some(entry) => open_meta(&root_key, &entry)?,
+            None => create_meta(kv.as_ref(), &root_key).await?,
+        };
+        Ok(Self { kv, root_key, clock, meta, writer: Mutex::default(), verified: Verified::default() })
+    }
+
+    /// Removes what is left of secrets whose recovery window is over: records and values. Until then they are
+    /// invisible but still there, sealed. Returns how many secrets were removed.
+    ///
+    /// # Errors
+    /// As the methods of [`Store`].
+    pub async fn purge(&self, environment: &EnvironmentName) -> Result<usize, StoreError> {
+        self.verified(environment).await?;
+        let now = self.clock.now();
+        let mut records = Records::of(self, environment, "", &[]);
+        let mut removed = 0;
+        while let Some((id, entry)) = records.next().await? {
+            if self.decode(&id, &entry)?.record.is_gone(now) {
+                removed += usize::from(self.remove(&id).await?);
+            }
+        }
+        Ok(removed)
+    }
+
+    /// An environment's root, and the revision that wrote it; 0 where there is none yet.
+    async fn root(&self, environment: &EnvironmentName) -> Result<(Root, Revision), StoreError> {
+        let entry = self.kv.get(&keys::root(environment)).await.map_err(unavailable(environment))?;
+        let Some(entry) = entry else { return Ok((Root::default(), 0)) };
+        let root = Root::decode(&self.meta.integrity, environment, &entry.value)
+            .ok_or_else(|| tampered(root_of(environment)))?;
+        Ok((root, entry.mod_revision))
+    }
+
+    /// A secret's record; `None` where there is none. One that is gone is still there.
+    async fn record(&self, id: &SecretId) -> Result<Option<Stored>, StoreError> {
+        let entry = self.kv.get(&keys::record(id)).await.map_err(unavailable(&id.environment))?;
+        entry.map(|entry| self.decode(id, &entry)).transpose()
+    }
+
+    fn decode(&self, id: &SecretId, entry: &Entry) -> Result<Stored, StoreError> {
+        match SecretRecord::decode(&self.meta.integrity, id, &entry.value) {
+            Ok((record, mac)) => Ok(Stored { record, mac, revision: entry.mod_revision }),
+            Err(RecordError::Tampered) => Err(tampered(the_record(id))),
+            Err(RecordError::Newer) => Err(StoreError::Unavailable {
+                environment: id.environment.clone(),
+                cause: format!("{} is of a newer format; upgrade this broker", the_record(id)),
+            }),
+        }
+    }
+
+    /// A version's value; `None` where the secret changed between the reading of its record and now.
+    async fn value(
+        &self,
+        id: &SecretId,
+        stored: &Stored,
+        version: &VersionRecord,
+    ) -> Result<Option<SecretValue>, StoreError> {
+        let entry = self.kv.get(&keys::value(id, &version.id)).await.map_err(unavailable(&id.environment))?;
+        let opened = match entry {
+            Some(entry) => self.root_key.open(&self.slot(id, version), &entry.value),
+            None => Err(CryptoError::Tampered),
+        };
+        match opened {
+            Ok(value) => Ok(Some(value)),
+            Err(error) => {
+                let record = self.kv.get(&keys::record(id)).await.map_err(unavailable(&id.environment))?;
+                if record.is_none_or(|record| record.mod_revision != stored.revision) {
+                    return Ok(None);
+                }
+                Err(refused(id, &version.id, &error))
+            }
+        }
+    }
+
+    fn slot<'a>(&self, id: &'a SecretId, version: &'a VersionRecord) -> Slot<'a> {
+        Slot {
+            store_id: self.meta.store_id,
+            environment: &id.environment,
+            name: &id.name,
+            version_id: &version.id,
+            content_type: version.content_type,
+        }
+    }
+}
+
+impl fmt::Debug for Sealed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Sealed").field("store_id", &self.meta.store_id).finish_non_exhaustive()
+    }
+}
+
+#[async_trait]
+impl Store for Sealed {
+    /// Always asks the key-value store, whatever `freshness` permits.
+    async fn get(&self, id: &SecretId, selector: &Selector, _: Freshness) -> Result<Fetched, StoreError> {
+        self.verified(&id.environment).await?;
+        for _ in 0..ATTEMPTS {
+            let stored = self.record(id).await?.ok_or_else(|| StoreError::SecretNotFound(id.clone()))?;
+            let record = rules::live(id, Some(&stored.record), self.clock.now())?;
+            let version = rules::select(id, record, selector)?;
+            if let Some(value) = self.value(id, &stored, version).await? {
+                return Ok(Fetched {
+                    version: record.shown(version),
+                    value,
+                    order: Order::Revision(stored.revision),
+                    source: Source::Store,
+                    age: Duration::ZERO,
+                    stale: false,
+                });
+            }
+        }
+        Err(contended(&id.environment))
+    }
+
+    async fn batch_get(
+        &self,
+        items: &[(SecretId, Selector)],
+        freshness: Freshness,
+    ) -> Vec<Result<Fetched, StoreError>> {
+        let mut answers = Vec::with_capacity(items.len());
+        for (id, selector) in items {
+            answers.push(self.get(id, selector, freshness).await);
+        }
+        answers
+    }
+
+    /// A version id that was pruned may be used again, with any value: nothing remembers it.
+    async fn put(&self, id: &SecretId, put: Put) -> Result<Written, StoreError> {
+        let done = self.change(id, &Request::Put(&put)).await?;
+        let version = done.record.version(&put.token);
+        done.written(id, version)
+    }
+
+    async fn describe(&self, id: &SecretId) -> Result<Description, StoreError> {
+        self.verified(&id.environment).await?;
+        let stored = self.record(id).await?.ok_or_else(|| StoreError::SecretNotFound(id.clone()))?;
+        let record = rules::present(id, Some(&stored.record), self.clock.now())?;
+        Ok(Description {
+            name: id.name.clone(),
+            versions: record.versions.iter().rev().map(|version| record.shown(version)).collect(),
+            created_at: record.created_at,
+            changed_at: record.changed_at,
+            deletion_at: record.deletion_at,
+            order: Order::Revision(stored.revision),
+        })
+    }
+
+    async fn list(
+        &self,
+        environment: &EnvironmentName,
+        request: &ListRequest,
+    ) -> Result<ListPage, StoreError> {
+        let after = match &request.page_token {
+            None => Vec::new(),
+            Some(token) => keys::record(&SecretId::new(environment.clone(), page_token(token)?)),
+        };
+        self.verified(environment).await?;
+        let now = self.clock.now();
+        let limit = request.limit.clamp(1, MOST_LISTED);
+        let mut records = Records::of(self, environment, &request.prefix, &after);
+        let mut page = ListPage::default();
+        while let Some((id, entry)) = records.next().await? {
+            let SecretRecord { changed_at, deletion_at, .. } = self.decode(&id, &entry)?.record;
+            if deletion_at.is_some_and(|at| at <= now || !request.include_deleted) {
+                continue;
+            }
+            if page.secrets.len() == limit {
+                page.next_page_token = page.secrets.last().map(|last| last.name.to_string());
+                break;
+            }
+            page.secrets.push(Listed { name: id.name, changed_at, deletion_at });
+        }
+        Ok(page)
+    }
+
+    async fn move_label(&self, id: &SecretId, change: &LabelMove) -> Result<Written, StoreError> {
+        let done = self.change(id, &Request::Move(change)).await?;
+        let version = rules::subject(&done.record, change);
+        done.written(id, version)
+    }
+
+    async fn delete(&self, id: &SecretId, window: RecoveryWindow) -> Result<Timestamp, StoreError> {
+        let at = self.clock.now().saturating_add(DAY * u32::from(window.as_days())).unwrap_or(Timestamp::MAX);
+        self.change(id, &Request::Delete { at }).await?;
+        Ok(at)
+    }
+
+    async fn restore(&self, id: &SecretId) -> Result<(), StoreError> {
+        self.change(id, &Request::Restore).await.map(|_| ())
+    }
+
+    async fn ping(&self, environment: &EnvironmentName) -> Result<(), StoreError> {
+        self.kv.get(keys::META).await.map(|_| ()).map_err(unavailable(environment))
+    }
+}
+
+fn open_meta(root_key: &RootKey, entry: &Entry) -> Result<Meta, OpenError> {
+    Meta::open(root_key, &entry.value).map_err(|error| match error {
+        CryptoError::Tampered | CryptoError::Malformed => {
+            OpenError::Tampered("its own record `sealed/meta` fails authentication")
+        }
+        error => OpenError::Crypto(error),
+    })
+}
+
+async fn create_meta(kv: &dyn Kv, root_key: &RootKey) -> Result<Meta, OpenError> {
+    // A new integrity key would make what is there unreadable for good.
+    if !kv.range(keys::ALL, &[], 1).await?.entries.is_empty() {
+        return match kv.get(keys::META).await? {
+            Some(entry) => open_meta(root_key, &entry),
+            None => {
+                Err(OpenError::Tampered("its own record `sealed/meta` is missing, although there are others"))
+            }
+        };
+    }
+    let (meta, stored) = Meta::create(root_key)?;
+    let compare = vec![Compare::absent(keys::META)];
+    let write = vec![Write::put(keys::META, stored)];
+    if kv.commit(Transaction { compare, write }).await?.succeeded {
+        return Ok(meta);
+    }
+    match kv.get(keys::META).await? {
+        Some(entry) => open_meta(root_key, &entry),
+        None => Err(OpenError::Tampered("its own record `sealed/meta` came and went")),
+    }
+}
+
+/// A record as it was read.
+struct Stored {
+    record: SecretRecord,
+    mac: Mac,
+    /// What the record's next change is compared with; where the secret stands in the store's order.
+    revision: Revision,
+}
+
+fn page_token(token: &str) -> Result<SecretName, StoreError> {
+    SecretName::parse(token).map_err(|_| {
+        StoreError::Invalid(
+            "the page token is not one that a list gave; start from the first page".to_owned(),
+        )
+    })
+}
+
+fn the_record(id: &SecretId) -> String {
+    format!("the record of secret `{}` in environment `{}`", id.name, id.environment)
+}
+
+fn root_of(environment: &EnvironmentName) -> String {
+    format!("the root of environment `{environment}`")
+}
+
+fn tampered(what: String) -> StoreError {
+    StoreError::Tampered { what }
+}
+
+fn unavailable(environment: &EnvironmentName) -> impl FnOnce(KvError) -> StoreError {
+    move |error| StoreError::Unavailable { environment: environment.clone(), cause: error.to_string() }
+}
+
+fn no_random_bytes(environment: &EnvironmentName, error: &CryptoError) -> StoreError {
+    StoreError::Unavailable { environment: environment.clone(), cause: error.to_string() }
+}
+
+fn contended(environment: &EnvironmentName) -> StoreError {
+    StoreError::Unavailable {
+        environment: environment.clone(),
+        cause: format!("others changed the same data {ATTEMPTS} times in a row; try again"),
+    }
+}
+
+fn refused(id: &SecretId, version: &VersionId, error: &CryptoError) -> StoreError {
+    let what = format!("version {version} of secret `{}` in environment `{}`", id.name, id.environment);
+    match error {
+        CryptoError::WrongKey { .. } => StoreError::WrongKey(format!("{what}: {error}")),
+        CryptoError::Random => no_random_bytes(&id.environment, error),
+        _ => StoreError::Tampered { what },
+    }
+}

@@ -1,0 +1,635 @@
+//! The store over the embedded key-value layer: what it promises, and what an intruder at the file can't do.
+
+use super::*;
+use crate::clock::Clock as _;
+use crate::clock::{Clock, ManualClock};
+use crate::kv::embedded::Embedded;
+use crate::secret::{ContentType, Label};
+use futures_util::future::join_all;
+
+/// A key-value file, and what a broker needs to open the store in it, as often as it likes.
+struct Machine {
+    kv: Arc<dyn Kv>,
+    clock: Arc<ManualClock>,
+    _folder: tempfile::TempDir,
+}
+
+impl Machine {
+    async fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let clock = ManualClock::new("2026-03-01T12:00:00Z".parse().unwrap());
+        let shared: SharedClock = clock.clone();
+        let kv = Embedded::open(&folder.path().join("claviger.db"), shared).await.unwrap();
+        Self { kv: Arc::new(kv), clock, _folder: folder }
+    }
+
+    /// The store as a broker finds it that has just started.
+    async fn start(&self) -> Sealed {
+        self.start_with(1).await.unwrap()
+    }
+
+    async fn start_with(&self, key: u8) -> Result<Sealed, OpenError> {
+        let root_key = Arc::new(RootKey::from_bytes(&[key; 32]).unwrap());
+        Sealed::open(Arc::clone(&self.kv), root_key, self.clock.clone()).await
+    }
+
+    fn pass(&self, days: u64) {
+        self.clock.advance(DAY * u32::try_from(days).unwrap());
+    }
+
+    async fn stored(&self, key: &[u8]) -> Option<Vec<u8>> {
+        self.kv.get(key).await.unwrap().map(|entry| entry.value)
+    }
+
+    async fn everything(&self) -> Vec<Entry> {
+        let page = self.kv.range(keys::ALL, &[], 10_000).await.unwrap();
+        assert!(!page.more);
+        page.entries
+    }
+
+    /// Writes past the store, as someone could who can write its file.
+    async fn overwrite(&self, key: &[u8], value: Option<&[u8]>) {
+        let write = vec![value.map_or_else(|| Write::delete(key), |value| Write::put(key, value))];
+        assert!(self.kv.commit(Transaction { compare: vec![], write }).await.unwrap().succeeded);
+    }
+
+    async fn swap(&self, one: &[u8], other: &[u8]) {
+        let (first, second) = (self.stored(one).await.unwrap(), self.stored(other).await.unwrap());
+        self.overwrite(one, Some(&second)).await;
+        self.overwrite(other, Some(&first)).await;
+    }
+}
+
+fn id(environment: &str, name: &str) -> SecretId {
+    SecretId::parse(environment, name).unwrap()
+}
+
+fn environment(name: &str) -> EnvironmentName {
+    EnvironmentName::parse(name).unwrap()
+}
+
+fn version(number: usize) -> VersionId {
+    VersionId::parse(&format!("{number:032}")).unwrap()
+}
+
+fn value(text: &str) -> SecretValue {
+    SecretValue::text(text.to_owned()).unwrap()
+}
+
+fn request(number: usize, text: &str) -> Put {
+    Put { value: value(text), token: version(number), labels: vec![], expected: None }
+}
+
+async fn read(store: &Sealed, id: &SecretId) -> Result<String, Reason> {
+    read_version(store, id, &Selector::CURRENT).await
+}
+
+async fn read_version(store: &Sealed, id: &SecretId, selector: &Selector) -> Result<String, Reason> {
+    match store.get(id, selector, Freshness::Cached).await {
+        Ok(fetched) => Ok(fetched.value.expose_text().unwrap().to_owned()),
+        Err(error) => Err(error.reason()),
+    }
+}
+
+async fn names(store: &Sealed, request: &ListRequest) -> Vec<String> {
+    let page = store.list(&environment("production"), request).await.unwrap();
+    page.secrets.iter().map(|listed| listed.name.to_string()).collect()
+}
+
+fn revision(order: Order) -> u64 {
+    match order {
+        Order::Revision(revision) => revision,
+        Order::Unknown => panic!("the sealed store numbers its changes"),
+    }
+}
+
+#[tokio::test]
+async fn what_is_put_is_read_back_also_after_a_restart() {
+    let machine = Machine::new().await;
+    let store = machine.start().await;
+    let text = id("production", "database/main");
+    let bytes = id("production", "certificate");
+    store.put(&text, request(1, "first")).await.unwrap();
+    let binary = SecretValue::binary(vec![0, 0xff, 10]).unwrap();
+    store.put(&bytes, Put { value: binary.clone(), ..request(2, "") }).await.unwrap();
+
+    for store in [store, machine.start().await] {
+        let fetched = store.get(&text, &Selector::CURRENT, Freshness::Cached).await.unwrap();
+        assert_eq!(fetched.value.expose_text(), Some("first"));
+        assert_eq!(fetched.version.id, version(1));
+        assert_eq!(fetched.version.labels, [Label::Current]);
+        assert_eq!(fetched.version.created_at, machine.clock.now());
+        assert_eq!((fetched.source, fetched.age, fetched.stale), (Source::Store, Duration::ZERO, false));
+        let fetched = store.get(&bytes, &Selector::CURRENT, Freshness::Refresh).await.unwrap();
+        assert!(fetched.value.same_as(&binary));
+        assert_eq!(fetched.value.content_type(), ContentType::Binary);
+    }
+}
+
+#[tokio::test]
+async fn labels_follow_the_rules_from_put_to_rollback() {
+    let machine = Machine::new().await;
+    let store = machine.start().await;
+    let id = id("production", "database");
+    let first = store.put(&id, request(1, "one")).await.unwrap();
+    assert_eq!((first.superseded, first.changed), (None, true));
+    let second = store.put(&id, request(2, "two")).await.unwrap();
+    assert_eq!(second.superseded, Some(version(1)));
+    assert!(first.order.is_older_than(second.order));
+
+    let pending = Put { labels: vec![Label::Pending], ..request(3, "three") };
+    let claimed = store.put(&id, pending).await.unwrap();
+    assert_eq!((claimed.superseded, claimed.version.labels), (None, vec![Label::Pending]));
+    let stolen = Put { labels: vec![Label::Pending], ..request(4, "four") };
+    assert_eq!(store.put(&id, stolen).await.unwrap_err().reason(), Reason::Conflict);
+    assert_eq!(read_version(&store, &id, &Selector::Version(version(4))).await, Err(Reason::VersionNotFound));
+
+    let rollback = LabelMove { label: Label::Current, from: Some(version(2)), to: Some(version(1)) };
+    let moved = store.move_label(&id, &rollback).await.unwrap();
+    assert_eq!(
+        (moved.version.id.clone(), moved.superseded, moved.changed),
+        (version(1), Some(version(2)), true)
+    );
+    assert_eq!(read(&store, &id).await.unwrap(), "one");
+    assert_eq!(read_version(&store, &id, &Selector::Label(Label::Previous)).await.unwrap(), "two");
+    assert_eq!(read_version(&store, &id, &Selector::Label(Label::Pending)).await.unwrap(), "three");
+
+    let again = store.move_label(&id, &rollback).await.unwrap();
+    assert_eq!((again.changed, revision(again.order)), (false, revision(moved.order)), "a retry is harmless");
+    let stale = LabelMove { label: Label::Current, from: Some(version(2)), to: Some(version(3)) };
+    assert_eq!(store.move_label(&id, &stale).await.unwrap_err().reason(), Reason::Conflict);
+
+    let described = store.describe(&id).await.unwrap();
+    let listed: Vec<_> = described.versions.iter().map(|version| version.id.clone()).collect();
+    assert_eq!(listed, [version(3), version(2), version(1)], "newest first");
+    assert_eq!(revision(described.order), revision(moved.order));
+}
+
+#[tokio::test]
+async fn a_token_stands_for_one_value() {
+    let machine = Machine::new().await;
+    let store = machine.start().await;
+    let id = id("production", "database");
+    let first = store.put(&id, request(1, "one")).await.unwrap();
+    store.put(&id, request(2, "two")).await.unwrap();
+
+    let retry = store.put(&id, request(1, "one")).await.unwrap();
+    assert_eq!((retry.changed, retry.version.id, retry.superseded), (false, version(1), None));
+    assert_eq!(retry.version.labels, [Label::Previous], "a late retry does not bring the value back");
+    assert!(first.order.is_older_than(retry.order));
+    let binary = Put { value: SecretValue::binary(b"one".to_vec()).unwrap(), ..request(1, "") };
+    for other in [request(1, "other"), binary] {
+        assert_eq!(store.put(&id, other).await.unwrap_err().reason(), Reason::TokenReused);
+    }
+    assert_eq!(read(&store, &id).await.unwrap(), "two");
+}
+
+#[tokio::test]
+async fn one_of_many_that_expect_the_same_wins() {
+    let machine = Machine::new().await;
+    // Two brokers, so that the transactions decide and not one broker's lock.
+    let stores = [machine.start().await, machine.start().await];
+    let id = id("production", "database");
+    let mut current = None;
+    for round in 0..3 {
+        let attempts = (0..8).map(|number| {
+            let token = round * 10 + number;
+            let put = Put { expected: Some(current.clone()), ..request(token, &format!("value {token}")) };
+            stores[number % 2].put(&id, put)
+        });
+        let (won, lost): (Vec<_>, Vec<_>) = join_all(attempts).await.into_iter().partition(Result::is_ok);
+        assert_eq!((won.len(), lost.len()), (1, 7));
+        assert!(lost.into_iter().all(|lost| lost.unwrap_err().reason() == Reason::Conflict));
+        let winner = won.into_iter().next().unwrap().unwrap();
+        assert_eq!(winner.superseded, current);
+        current = Some(winner.version.id);
+    }
+    assert_eq!(stores[0].describe(&id).await.unwrap().versions.len(), 3);
+    assert!(read(&machine.start().await, &id).await.is_ok(), "the root was kept in step");
+}
+
+#[tokio::test]
+async fn writers_of_different_secrets_all_succeed() {
+    let machine = Machine::new().await;
+    let stores = [machine.start().await, machine.start().await];
+    let ids: Vec<_> = (0..10).map(|number| id("production", &format!("secret-{number}"))).collect();
+    let puts =
+        ids.iter().enumerate().map(|(number, id)| stores[number % 2].put(id, request(number, "value")));
+    assert!(join_all(puts).await.iter().all(Result::is_ok));
+    assert_eq!(
+        names(&machine.start().await, &ListRequest { limit: 100, ..ListRequest::default() }).await.len(),
+        10
+    );
+}
+
+#[tokio::test]
+async fn what_is_absent_is_said() {
+    let machine = Machine::new().await;
+    let store = machine.start().await;
+    let there = id("production", "database");
+    let absent = id("production", "databas");
+    store.put(&there, request(1, "one")).await.unwrap();
+    let change = LabelMove { label: Label::Pending, from: None, to: Some(version(1)) };
+    let refused = [
+        store.describe(&absent).await.unwrap_err(),
+        store.move_label(&absent, &change).await.unwrap_err(),
+        store.delete(&absent, RecoveryWindow::DEFAULT).await.unwrap_err(),
+        store.restore(&absent).await.unwrap_err(),
+    ];
+    assert!(refused.iter().all(|error| error.reason() == Reason::SecretNotFound), "{refused:?}");
+    let asked = [
+        (absent, Selector::CURRENT),
+        (there.clone(), Selector::Version(version(2))),
+        (there.clone(), Selector::Label(Label::Pending)),
+        (there, Selector::CURRENT),
+    ];
+    let answers = store.batch_get(&asked, Freshness::Cached).await;
+    let reasons: Vec<_> = answers.iter().map(|answer| answer.as_ref().err().map(Reasoned::reason)).collect();
+    let (secret, version) = (Some(Reason::SecretNotFound), Some(Reason::VersionNotFound));
+    assert_eq!(reasons, [secret, version, version, None]);
+}
+
+#[tokio::test]
+async fn deletion_hides_then_restores_then_ends() {
+    let machine = Machine::new().await;
+    let store = machine.start().await;
+    let id = id("production", "database");
+    store.put(&id, request(1, "one")).await.unwrap();
+    let at = store.delete(&id, RecoveryWindow::days(7).unwrap()).await.unwrap();
+    assert_eq!(at, machine.clock.now() + 7 * DAY);
+
+    assert_eq!(read(&store, &id).await, Err(Reason::SecretDeleted));
+    assert_eq!(store.put(&id, request(2, "two")).await.unwrap_err().reason(), Reason::SecretDeleted);
+    let again = store.delete(&id, RecoveryWindow::DEFAULT).await.unwrap_err();
+    assert_eq!(again.reason(), Reason::SecretDeleted);
+    assert_eq!(store.describe(&id).await.unwrap().deletion_at, Some(at));
+    let mut list = ListRequest { limit: 10, ..ListRequest::default() };
+    assert_eq!(names(&store, &list).await, [] as [&str; 0]);
+    list.include_deleted = true;
+    assert_eq!(names(&store, &list).await, ["database"]);
+
+    store.restore(&id).await.unwrap();
+    store.restore(&id).await.unwrap();
+    assert_eq!(read(&store, &id).await.unwrap(), "one");
+
+    store.delete(&id, RecoveryWindow::days(7).unwrap()).await.unwrap();
+    machine.pass(7);
+    assert_eq!(read(&store, &id).await, Err(Reason::SecretNotFound));
+    assert_eq!(store.restore(&id).await.unwrap_err().reason(), Reason::SecretNotFound);
+    assert_eq!(names(&store, &list).await, [] as [&str; 0]);
+}
+
+#[tokio::test]
+async fn a_name_is_used_anew_after_its_end_and_nothing_old_is_left() {
+    let machine = Machine::new().await;
+    let store = machine.start().await;
+    let id = id("production", "database");
+    for number in 1..=3 {
+        store.put(&id, request(number, "old")).await.unwrap();
+    }
+    let old = store.describe(&id).await.unwrap();
+    store.delete(&id, RecoveryWindow::days(7).unwrap()).await.unwrap();
+    machine.pass(7);
+
+    let must_not_exist = Put { expected: Some(None), ..request(2, "new") };
+    let anew = store.put(&id, must_not_exist).await.unwrap();
+    assert_eq!((anew.changed, anew.superseded), (true, None));
+    assert!(old.order.is_older_than(anew.order));
+    let described = store.describe(&id).await.unwrap();
+    assert_eq!((described.versions.len(), described.created_at), (1, machine.clock.now()));
+    for number in [1, 3] {
+        assert_eq!(machine.stored(&keys::value(&id, &version(number))).await, None);
+    }
+    assert_eq!(read(&machine.start().await, &id).await.unwrap(), "new");
+}
+
+#[tokio::test]
+async fn purging_removes_what_is_gone_and_that_alone() {
+    let machine = Machine::new().await;
+    let store = machine.start().await;
+    let (gone, deleted, live) = (id("production", "a"), id("production", "b"), id("production", "c"));
+    for (number, id) in [&gone, &deleted, &live].into_iter().enumerate() {
+        store.put(id, request(number, "value")).await.unwrap();
+    }
+    store.delete(&gone, RecoveryWindow::days(7).unwrap()).await.unwrap();
+    store.delete(&deleted, RecoveryWindow::days(8).unwrap()).await.unwrap();
+    machine.pass(7);
+    let record = machine.stored(&keys::record(&gone)).await.unwrap();
+
+    assert_eq!(store.purge(&environment("production")).await.unwrap(), 1);
+    assert_eq!(store.purge(&environment("production")).await.unwrap(), 0);
+    assert_eq!(machine.stored(&keys::record(&gone)).await, None);
+    assert_eq!(machine.stored(&keys::value(&gone, &version(0))).await, None);
+    assert_eq!(read(&machine.start().await, &live).await.unwrap(), "value");
+    store.restore(&deleted).await.unwrap();
+
+    machine.overwrite(&keys::record(&gone), Some(&record)).await;
+    assert_eq!(
+        read(&machine.start().await, &live).await,
+        Err(Reason::Tampered),
+        "what was removed came back"
+    );
+}
+
+#[tokio::test]
+async fn old_versions_without_a_label_are_pruned_with_their_values() {
+    let machine = Machine::new().await;
+    let store = machine.start().await;
+    let id = id("production", "database");
+    for number in 0..102 {
+        store.put(&id, request(number, "value")).await.unwrap();
+    }
+    assert_eq!(store.describe(&id).await.unwrap().versions.len(), 102);
+    machine.pass(1);
+    store.put(&id, request(102, "value")).await.unwrap();
+    assert_eq!(read_version(&store, &id, &Selector::Version(version(0))).await, Err(Reason::VersionNotFound));
+    assert_eq!(read_version(&store, &id, &Selector::Version(version(1))).await.unwrap(), "value");
+    assert_eq!(machine.stored(&keys::value(&id, &version(0))).await, None);
+    assert!(machine.stored(&keys::value(&id, &version(1))).await.is_some());
+}
+
+#[tokio::test]
+async fn lists_are_paged_by_name_and_cut_by_prefix() {
+    let machine = Machine::new().await;
+    let store = machine.start().await;
+    for (number, name) in ["b", "a/b", "a", "ab", "a/b/c"].into_iter().enumerate() {
+        store.put(&id("production", name), request(number, "value")).await.unwrap();
+    }
+    store.put(&id("production-eu", "a"), request(9, "value")).await.unwrap();
+    let all = ListRequest { limit: 100, ..ListRequest::default() };
+    assert_eq!(names(&store, &all).await, ["a", "a/b", "a/b/c", "ab", "b"]);
+    for (prefix, expected) in
+        [("a/", vec!["a/b", "a/b/c"]), ("ab", vec!["ab"]), ("c", vec![]), ("\0", vec![])]
+    {
+        assert_eq!(names(&store, &ListRequest { prefix: prefix.to_owned(), ..all.clone() }).await, expected);
+    }
+
+    let mut paged = Vec::new();
+    let mut request = ListRequest { limit: 2, ..ListRequest::default() };
+    loop {
+        let page = store.list(&environment("production"), &request).await.unwrap();
+        assert!(page.secrets.len() <= 2);
+        paged.extend(page.secrets.iter().map(|listed| listed.name.to_string()));
+        request.page_token = page.next_page_token;
+        if request.page_token.is_none() {
+            break;
+        }
+    }
+    assert_eq!(paged, ["a", "a/b", "a/b/c", "ab", "b"]);
+
+    let exact =
+        store.list(&environment("production"), &ListRequest { limit: 5, ..all.clone() }).await.unwrap();
+    assert_eq!((exact.secrets.len(), exact.next_page_token), (5, None), "a full last page is the last");
+    let bad = ListRequest { page_token: Some("../x".to_owned()), ..all };
+    let error = store.list(&environment("production"), &bad).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::InvalidArgument);
+}
+
+#[tokio::test]
+async fn names_that_look_like_others_parts_stay_apart() {
+    let machine = Machine::new().await;
+    let store = machine.start().await;
+    let ids = [id("a", "b/c"), id("a", "b"), id("b", "c"), id("a", "bc"), id("ab", "c"), id("a", "v/a/b")];
+    for (number, id) in ids.iter().enumerate() {
+        store.put(id, request(1, &number.to_string())).await.unwrap();
+    }
+    for (number, id) in ids.iter().enumerate() {
+        assert_eq!(read(&store, id).await.unwrap(), number.to_string());
+    }
+}
+
+#[tokio::test]
+async fn no_value_is_stored_in_the_clear() {
+    let machine = Machine::new().await;
+    let store = machine.start().await;
+    store.put(&id("production", "database"), request(1, "canary-5f3a9c")).await.unwrap();
+    for entry in machine.everything().await {
+        assert!(!entry.value.windows(6).any(|window| window == b"canary"), "{entry:?}");
+    }
+}
+
+#[tokio::test]
+async fn values_do_not_fit_each_others_places() {
+    let machine = Machine::new().await;
+    let store = machine.start().await;
+    let mut places = Vec::new();
+    for (environment, name) in [("production", "a"), ("production", "b"), ("staging", "a")] {
+        for number in [1, 2] {
+            let id = id(environment, name);
+            let text = format!("{environment} {name} {number}");
+            store.put(&id, request(number, &text)).await.unwrap();
+            places.push((keys::value(&id, &version(number)), id, Selector::Version(version(number)), text));
+        }
+    }
+    for (index, (one, id, selector, text)) in places.iter().enumerate() {
+        for (other, other_id, other_selector, _) in &places[index + 1..] {
+            machine.swap(one, other).await;
+            assert_eq!(read_version(&store, id, selector).await, Err(Reason::Tampered));
+            assert_eq!(read_version(&store, other_id, other_selector).await, Err(Reason::Tampered));
+            machine.swap(one, other).await;
+            assert_eq!(read_version(&store, id, selector).await.as_ref(), Ok(text));
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_value_that_is_changed_or_missing_is_named() {
+    let machine = Machine::new().await;
+    let store = machine.start().await;
+    let id = id("production", "database");
+    store.put(&id, request(1, "one")).await.unwrap();
+    let key = keys::value(&id, &version(1));
+    let mut changed = machine.stored(&key).await.unwrap();
+    *changed.last_mut().unwrap() ^= 1;
+    let others: [Option<&[u8]>; 3] = [Some(&changed), Some(&[]), None];
+    for other in others {
+        machine.overwrite(&key, other).await;
+        let error = store.get(&id, &Selector::CURRENT, Freshness::Cached).await.unwrap_err();
+        assert_eq!(error.reason(), Reason::Tampered);
+        let expected = format!("version {} of secret `database` in environment `production`", version(1));
+        assert!(error.to_string().starts_with(&expected), "{error}");
+        assert!(!error.is_transient(), "nothing older may stand in for it");
+    }
+}
+
+/// A store with two secrets in production and one in staging.
+async fn stocked(machine: &Machine) -> (Sealed, [SecretId; 3]) {
+    let store = machine.start().await;
+    let ids = [id("production", "a"), id("production", "b"), id("staging", "a")];
+    for (number, id) in ids.iter().enumerate() {
+        store.put(id, request(number, "first")).await.unwrap();
+    }
+    (store, ids)
+}
+
+/// After a restart, production is refused as a whole, and staging is as it was.
+async fn production_is_refused(machine: &Machine) {
+    let store = machine.start().await;
+    for name in ["a", "b", "c"] {
+        assert_eq!(read(&store, &id("production", name)).await, Err(Reason::Tampered));
+        let put = store.put(&id("production", name), request(50, "more")).await;
+        assert_eq!(put.unwrap_err().reason(), Reason::Tampered);
+    }
+    let list = store.list(&environment("production"), &ListRequest::default()).await;
+    assert_eq!(list.unwrap_err().reason(), Reason::Tampered);
+    assert_eq!(read(&store, &id("staging", "a")).await.unwrap(), "first");
+}
+
+#[tokio::test]
+async fn a_record_from_the_past_is_found() {
+    let machine = Machine::new().await;
+    let (store, [a, ..]) = stocked(&machine).await;
+    let past = machine.stored(&keys::record(&a)).await.unwrap();
+    store.put(&a, request(11, "second")).await.unwrap();
+    let present = machine.stored(&keys::record(&a)).await.unwrap();
+    machine.overwrite(&keys::record(&a), Some(&past)).await;
+    production_is_refused(&machine).await;
+    machine.overwrite(&keys::record(&a), Some(&present)).await;
+    assert_eq!(read(&machine.start().await, &a).await.unwrap(), "second");
+}
+
+#[tokio::test]
+async fn a_root_from_the_past_is_found() {
+    let machine = Machine::new().await;
+    let (store, [a, ..]) = stocked(&machine).await;
+    let key = keys::root(&a.environment);
+    let past = machine.stored(&key).await.unwrap();
+    store.put(&a, request(11, "second")).await.unwrap();
+    machine.overwrite(&key, Some(&past)).await;
+    production_is_refused(&machine).await;
+}
+
+#[tokio::test]
+async fn a_record_does_not_fit_another_name() {
+    let machine = Machine::new().await;
+    let (store, [a, b, _]) = stocked(&machine).await;
+    let copy = machine.stored(&keys::record(&a)).await.unwrap();
+    let c = id("production", "c");
+    machine.overwrite(&keys::record(&c), Some(&copy)).await;
+    assert_eq!(read(&store, &c).await, Err(Reason::Tampered), "also without a restart");
+    production_is_refused(&machine).await;
+
+    machine.overwrite(&keys::record(&c), None).await;
+    machine.swap(&keys::record(&a), &keys::record(&b)).await;
+    assert_eq!(read(&store, &a).await, Err(Reason::Tampered), "also without a restart");
+    production_is_refused(&machine).await;
+}
+
+#[tokio::test]
+async fn a_record_does_not_fit_another_environment() {
+    let machine = Machine::new().await;
+    let (store, [_, _, staging]) = stocked(&machine).await;
+    let copy = machine.stored(&keys::record(&staging)).await.unwrap();
+    machine.overwrite(&keys::record(&id("production", "a")), Some(&copy)).await;
+    assert_eq!(read(&store, &id("production", "a")).await, Err(Reason::Tampered));
+    production_is_refused(&machine).await;
+}
+
+#[tokio::test]
+async fn a_removed_record_is_found() {
+    let machine = Machine::new().await;
+    let (_, [a, ..]) = stocked(&machine).await;
+    machine.overwrite(&keys::record(&a), None).await;
+    production_is_refused(&machine).await;
+}
+
+#[tokio::test]
+async fn a_removed_root_is_found_also_without_a_restart() {
+    let machine = Machine::new().await;
+    let (store, [a, ..]) = stocked(&machine).await;
+    machine.overwrite(&keys::root(&a.environment), None).await;
+    assert_eq!(store.put(&a, request(11, "second")).await.unwrap_err().reason(), Reason::Tampered);
+    production_is_refused(&machine).await;
+}
+
+#[tokio::test]
+async fn a_root_does_not_fit_another_environment() {
+    let machine = Machine::new().await;
+    stocked(&machine).await;
+    let copy = machine.stored(&keys::root(&environment("staging"))).await.unwrap();
+    machine.overwrite(&keys::root(&environment("production")), Some(&copy)).await;
+    production_is_refused(&machine).await;
+}
+
+#[tokio::test]
+async fn another_root_key_is_called_the_wrong_one_and_changes_nothing() {
+    let machine = Machine::new().await;
+    stocked(&machine).await;
+    let before = machine.everything().await;
+    let error = machine.start_with(2).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::WrongKey);
+    let id = |key| RootKey::from_bytes(&[key; 32]).unwrap().id();
+    let expected = format!("sealed under {}, the key given is {}", id(1), id(2));
+    assert!(error.to_string().contains(&expected), "{error}");
+    assert!(machine.everything().await == before);
+}
+
+#[tokio::test]
+async fn a_store_without_its_own_record_is_not_made_anew() {
+    let machine = Machine::new().await;
+    let (_, [a, ..]) = stocked(&machine).await;
+    let meta = machine.stored(keys::META).await.unwrap();
+    machine.overwrite(keys::META, None).await;
+    assert_eq!(machine.start_with(1).await.unwrap_err().reason(), Reason::Tampered);
+    machine.overwrite(keys::META, Some(&meta[..50])).await;
+    assert_eq!(machine.start_with(1).await.unwrap_err().reason(), Reason::Tampered);
+    machine.overwrite(keys::META, Some(&meta)).await;
+    assert_eq!(read(&machine.start().await, &a).await.unwrap(), "first");
+}
+
+#[tokio::test]
+async fn two_that_make_the_store_at_once_make_one() {
+    let machine = Machine::new().await;
+    let started = join_all((0..4).map(|_| machine.start())).await;
+    let id = id("production", "database");
+    started[0].put(&id, request(1, "one")).await.unwrap();
+    for store in &started {
+        assert_eq!(store.meta.store_id, started[0].meta.store_id);
+        assert_eq!(read(store, &id).await.unwrap(), "one");
+    }
+}
+
+#[tokio::test]
+async fn records_add_up_after_any_sequence_of_changes() {
+    let machine = Machine::new().await;
+    let mut store = machine.start().await;
+    // A fixed sequence that looks random (the constants are Knuth's for MMIX).
+    let mut state = 7_u64;
+    let mut draw = |below: u64| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) % below
+    };
+    for step in 0..150 {
+        let id = id("production", &format!("secret-{}", draw(4)));
+        let label = Label::parse("stable").unwrap();
+        // Refusals are part of the sequence: they must leave everything as it was.
+        match draw(7) {
+            0..3 => drop(store.put(&id, request(step, "value")).await),
+            3 => drop(
+                store.move_label(&id, &LabelMove { label, from: None, to: Some(version(step / 2)) }).await,
+            ),
+            4 => drop(store.delete(&id, RecoveryWindow::days(7).unwrap()).await),
+            5 => drop(store.restore(&id).await),
+            _ => {
+                machine.pass(draw(5));
+                store.purge(&id.environment).await.unwrap();
+            }
+        }
+        if step % 10 == 0 {
+            store = machine.start().await;
+            store.verified(&id.environment).await.unwrap();
+        }
+    }
+    let list = ListRequest { limit: 100, include_deleted: true, ..ListRequest::default() };
+    for name in names(&machine.start().await, &list).await {
+        let id = id("production", &name);
+        store.restore(&id).await.unwrap();
+        assert_eq!(read(&store, &id).await.unwrap(), "value");
+    }
+}
+
+#[tokio::test]
+async fn a_ping_asks_the_layer_below() {
+    let machine = Machine::new().await;
+    machine.start().await.ping(&environment("production")).await.unwrap();
+}

@@ -1,0 +1,295 @@
+//! The commands as people type them, against a running broker: the embedded store, and AWS Secrets Manager.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use rustix::process::Signal;
+
+use crate::support::moto::Moto;
+use crate::support::program::{Program, claviger, with_input};
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// Writes a manifest and gives its path.
+fn manifest(folder: &Path, content: &str) -> String {
+    let path = folder.join("claviger.toml");
+    fs::write(&path, content).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+const DATABASE: &str = r#"
+[env]
+DB_HOST = "database#host"
+DB_PORT = "database#port"
+DB_PASSWORD = { ref = "database#password", min_length = 8 }
+LOG_LEVEL = { value = "info" }
+
+[environments.development]
+LOG_LEVEL = { value = "debug" }
+"#;
+
+#[test]
+fn exec_starts_a_program_whose_variables_come_from_the_embedded_store() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = Program::dev(folder.path());
+    let manifest = manifest(folder.path(), DATABASE);
+    let script = r#"printf '%s|%s|%s|%s' "$DB_HOST" "$DB_PORT" "${#DB_PASSWORD}" "$LOG_LEVEL""#;
+    let arguments = ["exec", "-e", "development", "-m", &manifest, "--", "sh", "-c", script];
+    assert_eq!(program.ok(arguments), "localhost|5432|32|debug");
+
+    // Without a manifest: everything that the caller may read.
+    let all = program.ok(["exec", "-e", "staging", "--", "env"]);
+    for name in ["DATABASE_HOST=database.staging.internal", "REDIS_PORT=6379", "JWT_SECRET=", "API_KEYS_NEWS="] {
+        assert!(all.contains(name), "{name} in {all}");
+    }
+    let pristine = program.ok(["exec", "-e", "staging", "--pristine", "-m", &manifest, "--", "env"]);
+    assert!(!pristine.contains("CLAVIGER_TOKEN") && pristine.contains("DB_PORT=5432"), "{pristine}");
+
+    // One record for each secret that was read, decided by a policy.
+    let records = program.ok(["audit", "query", "--action", "read", "--environment", "development", "--output", "json"]);
+    assert!(records.contains("\"secret\":\"database\"") || records.contains("\"secret\": \"database\""), "{records}");
+}
+
+#[test]
+fn exec_names_everything_that_is_missing_at_once_and_starts_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = Program::dev(folder.path());
+    let manifest = manifest(
+        folder.path(),
+        "[env]\nONE = \"nothing#x\"\nTWO = \"database#nope\"\nTHREE = { ref = \"database#port\", min_length = 9 }\nFOUR = \"database#host\"\n",
+    );
+    let witness = folder.path().join("witness");
+    let touch = format!("touch {}", witness.display());
+    let stderr = program.fails(125, ["exec", "-e", "development", "-m", &manifest, "--", "sh", "-c", &touch]);
+    for name in ["ONE", "TWO", "THREE"] {
+        assert!(stderr.contains(name), "{name} in {stderr}");
+    }
+    assert!(!stderr.contains("FOUR"), "{stderr}");
+    assert!(!witness.exists(), "the command did not start");
+}
+
+#[test]
+fn exec_ends_as_its_command_ends() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = Program::dev(folder.path());
+    let exec = |command: &[&str]| {
+        let arguments = [&["exec", "-e", "development", "--"], command].concat();
+        program.run(arguments).status
+    };
+    assert_eq!(exec(&["sh", "-c", "exit 42"]).code(), Some(42));
+    assert_eq!(exec(&["no-such-command-anywhere"]).code(), Some(127));
+    assert_eq!(exec(&["/etc/passwd"]).code(), Some(126));
+    use std::os::unix::process::ExitStatusExt as _;
+    assert_eq!(exec(&["sh", "-c", "kill -TERM $$"]).signal(), Some(15));
+    let mut nowhere = claviger(["exec", "-e", "development", "-a", "unix:///nonexistent/x.sock", "--", "true"]);
+    assert_eq!(nowhere.output().unwrap().status.code(), Some(125));
+}
+
+#[test]
+fn exit_codes_say_what_went_wrong() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = Program::dev(folder.path());
+    let stderr = program.fails(2, ["get", "database"]);
+    assert!(stderr.contains("CLAVIGER_ENV"), "no environment is ever a default: {stderr}");
+    program.fails(2, ["get", "-e", "development", "a//b"]);
+    program.fails(4, ["get", "-e", "development", "missing"]);
+    program.fails(4, ["get", "-e", "development", "database#missing"]);
+    program.fails(4, ["get", "-e", "nowhere", "database"]);
+    program.fails(7, ["rollback", "-e", "production", "database"]);
+    program.fails(7, ["delete", "-e", "production", "database", "--yes"]);
+    let conflict = with_input(program.command(["put", "-e", "development", "database", "--create"]), b"x");
+    assert_eq!(conflict.status.code(), Some(6), "{}", text(&conflict.stderr));
+    let nobody = claviger(["get", "-e", "development", "-a", "unix:///nonexistent/x.sock", "database"]).output().unwrap();
+    assert_eq!(nobody.status.code(), Some(5), "{}", text(&nobody.stderr));
+
+    let token = program.ok(["token", "create", "--user", "eve", "--expires", "1h"]);
+    let denied = program.command(["get", "-e", "development", "database"]).env("CLAVIGER_TOKEN", token.trim()).output().unwrap();
+    assert_eq!(denied.status.code(), Some(3), "{}", text(&denied.stderr));
+    assert!(text(&denied.stderr).contains("[DENIED]"), "{}", text(&denied.stderr));
+}
+
+#[test]
+fn a_revoked_token_is_refused_with_the_next_request() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = Program::dev(folder.path());
+    let token = program.ok(["token", "create", "--user", "ana", "--group", "team", "--expires", "1h"]);
+    let token = token.trim().to_owned();
+    let read = || {
+        program.command(["get", "-e", "development", "database#port"]).env("CLAVIGER_TOKEN", &token).output().unwrap()
+    };
+    assert_eq!(text(&read().stdout), "5432");
+    let id = token.split('_').nth(1).unwrap();
+    program.ok(["token", "revoke", id]);
+    let refused = read();
+    assert_eq!(refused.status.code(), Some(3));
+    assert!(text(&refused.stderr).contains("revoked"), "{}", text(&refused.stderr));
+    let listed = program.ok(["token", "list"]);
+    assert!(listed.contains(id) && !listed.contains(token.rsplit('_').next().unwrap()), "{listed}");
+}
+
+#[test]
+fn values_come_back_exactly() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = Program::dev(folder.path());
+    let pem = b"-----BEGIN X-----\r\nAA==\r\n-----END X-----\r\n".to_vec();
+    for (name, value) in [
+        ("pem", pem),
+        ("binary", (0..=255).collect::<Vec<u8>>()),
+        ("bom", b"\xef\xbb\xbfx".to_vec()),
+        ("largest", vec![b'x'; 65_536]),
+        ("template", b"{{x}} ${y} $(id)".to_vec()),
+    ] {
+        let put = program.put("development", name, &value);
+        assert!(put.status.success(), "{name}: {}", text(&put.stderr));
+        let got = program.run(["get", "-e", "development", name]);
+        assert_eq!(got.stdout, value, "{name}: {}", text(&got.stderr));
+    }
+    let empty = program.put("development", "empty", b"");
+    assert_eq!(empty.status.code(), Some(2), "{}", text(&empty.stderr));
+}
+
+#[test]
+fn versions_roll_back_and_deleted_secrets_come_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = Program::dev(folder.path());
+    assert!(program.put("development", "x", b"one").status.success());
+    assert!(program.put("development", "x", b"two").status.success());
+    assert_eq!(program.ok(["get", "-e", "development", "x", "--label", "AWSPREVIOUS"]), "one");
+    program.ok(["rollback", "-e", "development", "x"]);
+    assert_eq!(program.ok(["get", "-e", "development", "x"]), "one");
+    assert!(program.ok(["versions", "-e", "development", "x"]).contains("AWSCURRENT"));
+    program.ok(["delete", "-e", "development", "x", "--yes"]);
+    program.fails(4, ["get", "-e", "development", "x"]);
+    assert!(!program.ok(["list", "-e", "development"]).lines().any(|line| line.starts_with("x ") || line == "x"));
+    program.ok(["restore", "-e", "development", "x"]);
+    assert_eq!(program.ok(["get", "-e", "development", "x"]), "one");
+    assert!(program.ok(["describe", "-e", "development", "x", "--output", "json"]).contains("AWSPREVIOUS"));
+}
+
+/// A configuration for `serve`: policies in a folder, root as administrator, `staging` in AWS.
+fn configuration(folder: &Path, endpoint: &str) -> (PathBuf, PathBuf, PathBuf) {
+    let policies = folder.join("policies");
+    fs::create_dir_all(&policies).unwrap();
+    for (file, text) in claviger::policy::SHIPPED {
+        fs::write(policies.join(file), text).unwrap();
+    }
+    let socket = folder.join("broker.sock");
+    let uid = rustix::process::getuid().as_raw();
+    let text = format!(
+        r#"
+[listen]
+unix = "{socket}"
+[kv]
+directory = "{data}"
+[root_key]
+file = "{key}"
+[policy]
+directory = "{policies}"
+[[identity.peer_credentials.callers]]
+uid = {uid}
+kind = "user"
+id = "tester"
+groups = ["administrators", "team"]
+[environments.development]
+[environments.staging]
+store = "aws"
+[environments.staging.aws]
+region = "eu-central-1"
+endpoint = "{endpoint}"
+name_template = "{folder_name}/{{environment}}/{{name}}"
+"#,
+        socket = socket.display(),
+        data = folder.join("data").display(),
+        key = folder.join("root.key").display(),
+        policies = policies.display(),
+        folder_name = folder.file_name().unwrap().to_str().unwrap().trim_start_matches('.'),
+    );
+    let config = folder.join("broker.toml");
+    fs::write(&config, text).unwrap();
+    (config, socket, policies)
+}
+
+const CREDENTIALS: &[(&str, &str)] =
+    &[("AWS_ACCESS_KEY_ID", "test"), ("AWS_SECRET_ACCESS_KEY", "test"), ("AWS_EC2_METADATA_DISABLED", "true")];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn exec_starts_a_program_whose_variables_come_from_aws() {
+    let moto = Moto::start().await;
+    let folder = tempfile::tempdir().unwrap();
+    let (config, socket, _) = configuration(folder.path(), moto.endpoint());
+    let mut program = Program::serve(&config, &socket, CREDENTIALS);
+    let database = br#"{"host":"db.aws","port":6543,"password":"from-secrets-manager"}"#;
+    let put = program.put("staging", "database", database);
+    assert!(put.status.success(), "{}", text(&put.stderr));
+    let manifest = manifest(folder.path(), DATABASE);
+    let script = r#"printf '%s|%s|%s|%s' "$DB_HOST" "$DB_PORT" "$DB_PASSWORD" "$LOG_LEVEL""#;
+    let arguments = ["exec", "-e", "staging", "-m", &manifest, "--", "sh", "-c", script];
+    assert_eq!(program.ok(arguments), "db.aws|6543|from-secrets-manager|info");
+    assert_eq!(program.ok(arguments), "db.aws|6543|from-secrets-manager|info");
+    let reads = program.ok(["audit", "query", "--action", "read", "--environment", "staging", "--output", "json"]);
+    assert!(reads.contains("\"store\"") && reads.contains("\"cache\""), "fetched once, then cached: {reads}");
+    assert!(program.signal(Signal::TERM).success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_policy_broken_on_reload_leaves_the_last_good_set_in_force() {
+    let folder = tempfile::tempdir().unwrap();
+    let (config, socket, policies) = configuration(folder.path(), "http://127.0.0.1:9");
+    let program = Program::serve(&config, &socket, CREDENTIALS);
+    assert!(program.put("development", "x", b"v").status.success());
+    fs::write(policies.join("zz.cedar"), "@id(\"zz\") permit (principal, acti").unwrap();
+    program.wait_for_log("policies not reloaded");
+    assert_eq!(program.ok(["get", "-e", "development", "x"]), "v");
+    fs::write(policies.join("zz.cedar"), "@id(\"zz\") forbid (principal == User::\"tester\", action == Action::\"read\", resource);").unwrap();
+    program.wait_for_log("policies reloaded");
+    program.fails(3, ["get", "-e", "development", "x"]);
+    fs::remove_file(policies.join("zz.cedar")).unwrap();
+    rustix::process::kill_process(program.id(), Signal::HUP).unwrap();
+    program.wait_for_log("generation=3");
+    assert_eq!(program.ok(["get", "-e", "development", "x"]), "v");
+    let refused = program.ok(["audit", "query", "--limit", "1000", "--output", "json"]);
+    assert!(refused.contains("INVALID_POLICY"), "the refused set is on record");
+}
+
+#[test]
+fn a_broker_that_can_not_start_says_why() {
+    let folder = tempfile::tempdir().unwrap();
+    let (config, _, policies) = configuration(folder.path(), "http://127.0.0.1:9");
+    let serve = || {
+        let output = claviger(["serve".as_ref(), "--config".as_ref(), config.as_os_str()]).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+        text(&output.stderr)
+    };
+    let good = fs::read_to_string(&config).unwrap();
+    fs::write(&config, good.replace("[listen]", "[listen]\nunxi = \"x\"")).unwrap();
+    assert!(serve().contains("unknown key `unxi`; did you mean `unix`?"));
+    fs::write(&config, &good).unwrap();
+    for (file, _) in claviger::policy::SHIPPED {
+        if file.ends_with(".cedar") {
+            fs::remove_file(policies.join(file)).unwrap();
+        }
+    }
+    let stderr = serve();
+    assert!(stderr.contains("[INVALID_POLICY]"), "no policy set, no broker: {stderr}");
+    let missing = claviger(["serve", "--config", "/nonexistent.toml"]).output().unwrap();
+    assert!(text(&missing.stderr).contains("/nonexistent.toml"), "{}", text(&missing.stderr));
+}
+
+#[test]
+fn the_throw_away_broker_runs_a_command_and_goes() {
+    let output = claviger(["dev", "--", "sh", "-c", r#"echo "$DB_USER@$DB_HOST:$DB_PORT/$DB_NAME"; exit 3"#]).output().unwrap();
+    assert_eq!(text(&output.stdout), "app@localhost:5432/app_development\n", "{}", text(&output.stderr));
+    assert_eq!(output.status.code(), Some(3));
+}
+
+#[test]
+fn two_brokers_do_not_share_a_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let _first = Program::dev(folder.path());
+    let data = folder.path().join("data");
+    let second = claviger(["dev".as_ref(), "--data".as_ref(), data.as_os_str()]).output().unwrap();
+    assert_eq!(second.status.code(), Some(1));
+    assert!(text(&second.stderr).contains("[LOCKED]"), "{}", text(&second.stderr));
+}

@@ -1,0 +1,29 @@
+//! Everything that needs more than one module, or a real server beside it. `bash tests/run` starts from nothing.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    clippy::unreachable,
+    clippy::disallowed_methods,
+    reason = "a test stops at the first thing that is not as it should be"
+)]
+
+mod audit;
+mod aws;
+mod broker;
+mod cache;
+mod commands;
+mod crash;
+mod golden;
+mod inject;
+mod kv_conformance;
+mod leaks;
+mod policy;
+mod proto;
+mod store_conformance;
+mod support;
+mod wire;
