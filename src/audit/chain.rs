@@ -80,8 +80,9 @@ impl FromStr for ChainHash {
     type Err = AuditError;
 
     fn from_str(text: &str) -> Result<Self, AuditError> {
-        Self::from_hex(text)
-            .ok_or_else(|| AuditError::Query("a record's hash is 64 lower-case hexadecimal digits".to_owned()))
+        Self::from_hex(text).ok_or_else(|| {
+            AuditError::Query("a record's hash is 64 lower-case hexadecimal digits".to_owned())
+        })
     }
 }
 
@@ -197,7 +198,8 @@ impl Formatter for Quiet {
             return writer.write_all(fragment.as_bytes());
         }
         for c in fragment.chars() {
-            let acts = matches!(c, '\u{200e}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+            let acts =
+                matches!(c, '\u{200e}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
             if acts || c.is_control() {
                 write!(writer, "\\u{:04x}", u32::from(c))?;
             } else {
@@ -235,8 +237,20 @@ fn bound(record: &mut Record) {
     } = record;
     cut(reason, MAX_REASON);
     for text in [
-        principal, proof, source_address, action, operation, environment, secret, field, version_id, source,
-        decision, error, request_id, detail,
+        principal,
+        proof,
+        source_address,
+        action,
+        operation,
+        environment,
+        secret,
+        field,
+        version_id,
+        source,
+        decision,
+        error,
+        request_id,
+        detail,
     ] {
         cut(text, MAX_TEXT);
     }
@@ -382,7 +396,8 @@ mod tests {
         let genesis = ChainHash::genesis("a");
         assert_eq!(
             body,
-            format!(r#""seq":1,"prev":"{genesis}","time":"{TIME}","kind":"access","secret":"database"}}"#) + "\n"
+            format!(r#""seq":1,"prev":"{genesis}","time":"{TIME}","kind":"access","secret":"database"}}"#)
+                + "\n"
         );
         let input = [b"\x01", body.trim_end().as_bytes()].concat();
         assert_eq!(hash, HEXLOWER.encode(digest::digest(&digest::SHA256, &input).as_ref()));
@@ -410,7 +425,12 @@ mod tests {
         for notice in [
             Notice::Start { version: "0.1.0".to_owned(), unsigned: 3 },
             Notice::Shutdown {},
-            Notice::Checkpoint { head: hash, kv_revision: u64::MAX, key: "k".to_owned(), signature: "s".to_owned() },
+            Notice::Checkpoint {
+                head: hash,
+                kv_revision: u64::MAX,
+                key: "k".to_owned(),
+                signature: "s".to_owned(),
+            },
             Notice::Repaired { segment: "1.jsonl".to_owned(), bytes: 4, sha256: hash },
             Notice::Lost { segment: "1.jsonl".to_owned(), problem: "deleted".to_owned() },
             Notice::Retention { first: 9, first_prev: hash, removed: 1 },
@@ -424,10 +444,14 @@ mod tests {
 
     #[test]
     fn untrusted_text_stays_on_its_line() {
-        let reason = "\n{\"hash\":\"forged\"}\r\u{0}\u{1b}[2J\u{85}\u{9b}2J\u{2028}\u{202e}\u{7f} é 鍵 🔑".to_owned();
+        let reason =
+            "\n{\"hash\":\"forged\"}\r\u{0}\u{1b}[2J\u{85}\u{9b}2J\u{2028}\u{202e}\u{7f} é 鍵 🔑".to_owned();
         let line = line(Record { reason: reason.clone(), principal: "a\nb".to_owned(), ..Record::default() });
         assert_eq!(line.matches('\n').count(), 1, "{line}");
-        assert!(!line.trim_end().contains(|c: char| c.is_control() || "\u{2028}\u{202e}".contains(c)), "{line}");
+        assert!(
+            !line.trim_end().contains(|c: char| c.is_control() || "\u{2028}\u{202e}".contains(c)),
+            "{line}"
+        );
         assert!(line.contains(r"\u001b[2J\u0085\u009b2J\u2028\u202e\u007f é 鍵 🔑"), "{line}");
         assert_eq!(record_of(&line).reason, reason);
     }
@@ -436,7 +460,9 @@ mod tests {
     fn overlong_text_is_cut_at_a_character_and_the_line_is_bounded() {
         let reason = record_of(&line(Record { reason: "é".repeat(400) + "x", ..Record::default() })).reason;
         assert_eq!(reason, "é".repeat(256));
-        let reason = record_of(&line(Record { reason: "x".to_owned() + &"é".repeat(400), ..Record::default() })).reason;
+        let reason =
+            record_of(&line(Record { reason: "x".to_owned() + &"é".repeat(400), ..Record::default() }))
+                .reason;
         assert_eq!(reason.len(), 511, "512 would split a character");
         let long = || "\u{1}".repeat(1 << 20);
         let many = || vec![long(); 100];
@@ -465,7 +491,9 @@ mod tests {
 
     #[test]
     fn the_logs_own_kinds_are_refused() {
-        for kind in [Kind::Start, Kind::Shutdown, Kind::Checkpoint, Kind::Repaired, Kind::Lost, Kind::Retention] {
+        for kind in
+            [Kind::Start, Kind::Shutdown, Kind::Checkpoint, Kind::Repaired, Kind::Lost, Kind::Retention]
+        {
             let record = Record { kind: Some(kind), ..Record::default() };
             assert!(matches!(Fields::of_record(record), Err(AuditError::Record(_))), "{kind:?}");
         }

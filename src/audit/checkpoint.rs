@@ -44,7 +44,10 @@ impl<'a> Statement<'a> {
 
     fn text(&self) -> String {
         let Self { instance, head, kv_revision, time } = self;
-        format!("claviger audit checkpoint v1\n{instance}\n{}\n{}\n{kv_revision}\n{time}\n", head.seq, head.hash)
+        format!(
+            "claviger audit checkpoint v1\n{instance}\n{}\n{}\n{kv_revision}\n{time}\n",
+            head.seq, head.hash
+        )
     }
 }
 
@@ -121,7 +124,10 @@ impl VerifyingKey {
     /// [`AuditError::Key`] for another number of bytes.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, AuditError> {
         <[u8; 32]>::try_from(bytes).map(Self).map_err(|_| {
-            refused(format!("{} bytes are no Ed25519 public key; it is 32 bytes or 64 hexadecimal digits", bytes.len()))
+            refused(format!(
+                "{} bytes are no Ed25519 public key; it is 32 bytes or 64 hexadecimal digits",
+                bytes.len()
+            ))
         })
     }
 
@@ -130,9 +136,9 @@ impl VerifyingKey {
     /// # Errors
     /// [`AuditError::Key`].
     pub fn parse(text: &str) -> Result<Self, AuditError> {
-        let bytes = HEXLOWER_PERMISSIVE
-            .decode(text.trim().as_bytes())
-            .map_err(|_| refused("the public key is not hexadecimal; it is 32 bytes or 64 hexadecimal digits"))?;
+        let bytes = HEXLOWER_PERMISSIVE.decode(text.trim().as_bytes()).map_err(|_| {
+            refused("the public key is not hexadecimal; it is 32 bytes or 64 hexadecimal digits")
+        })?;
         Self::from_bytes(&bytes)
     }
 
@@ -233,7 +239,10 @@ mod tests {
         let key = SigningKey::from_pkcs8(&document).unwrap();
         let public = "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a";
         assert_eq!(key.verifying_key().to_hex(), public);
-        assert_eq!(VerifyingKey::parse(&format!(" {}\n", public.to_uppercase())).unwrap(), key.verifying_key());
+        assert_eq!(
+            VerifyingKey::parse(&format!(" {}\n", public.to_uppercase())).unwrap(),
+            key.verifying_key()
+        );
         assert_eq!(key.id().len(), 16);
         assert_eq!(key.id(), key.verifying_key().id());
     }

@@ -17,6 +17,7 @@
 
 mod chain;
 mod checkpoint;
+mod log;
 mod query;
 mod queue;
 mod report;
@@ -33,10 +34,10 @@ use crate::error::{Reason, Reasoned};
 
 pub use chain::ChainHash;
 pub use checkpoint::{SigningKey, VerifyingKey};
+pub use log::{Log, Settings};
 pub use query::{Query, query};
 pub use report::{Anchor, Finding, FindingKind, InstanceReport, Report};
 pub use verify::verify;
-pub use writer::{Log, Settings};
 
 /// What a record is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -152,7 +153,9 @@ pub struct Record {
 #[non_exhaustive]
 pub enum AuditError {
     /// The record could not be made durable: nothing may be served.
-    #[error("audit log {path} can't be written: {cause}; free space or mend the disk, the broker recovers by itself")]
+    #[error(
+        "audit log {path} can't be written: {cause}; free space or mend the disk, the broker recovers by itself"
+    )]
     Unavailable {
         /// The file.
         path: String,
@@ -160,7 +163,9 @@ pub enum AuditError {
         cause: String,
     },
     /// The log on the disk is not one that can be continued.
-    #[error("audit log {path}: {problem}; run `claviger audit verify`, keep the folder as evidence and move it away")]
+    #[error(
+        "audit log {path}: {problem}; run `claviger audit verify`, keep the folder as evidence and move it away"
+    )]
     Broken {
         /// The file and, as far as known, the line.
         path: String,
@@ -168,7 +173,9 @@ pub enum AuditError {
         problem: String,
     },
     /// Another process, or another log of this one, writes this chain.
-    #[error("audit log {path} is in use by another broker; stop it, or give this one an instance name of its own")]
+    #[error(
+        "audit log {path} is in use by another broker; stop it, or give this one an instance name of its own"
+    )]
     Locked {
         /// The instance's folder.
         path: String,

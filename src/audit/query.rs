@@ -75,7 +75,10 @@ pub fn query(directory: &Path, query: &Query) -> Result<Vec<String>, AuditError>
         chains.push(search(&directory.join(instance), query, &mut skipped)?);
     }
     if skipped > 0 {
-        tracing::warn!(skipped, "audit query passed over lines that are not records; run `claviger audit verify`");
+        tracing::warn!(
+            skipped,
+            "audit query passed over lines that are not records; run `claviger audit verify`"
+        );
     }
     Ok(merge(chains, query.limit))
 }
@@ -111,7 +114,8 @@ impl Query {
     }
 
     fn admits_record(&self, record: &Record) -> bool {
-        let same = |wanted: &Option<String>, found: &str| wanted.as_deref().is_none_or(|wanted| wanted == found);
+        let same =
+            |wanted: &Option<String>, found: &str| wanted.as_deref().is_none_or(|wanted| wanted == found);
         same(&self.principal, &record.principal)
             && same(&self.action, &record.action)
             && same(&self.environment, &record.environment)

@@ -285,7 +285,7 @@ mod tests {
         let queue = Queue::new("log".to_owned());
         let long = "\u{1}".repeat(1_024);
         queue.push(group(&long, 10_000).0).unwrap();
-        let error = queue.push(group(&long, 1_000).0).unwrap_err();
+        let error = queue.push(group(&long, 2_000).0).unwrap_err();
         assert_eq!(error.reason(), Reason::AuditUnavailable);
     }
 

@@ -38,7 +38,9 @@ impl FromStr for Anchor {
         let (instance, seq, hash) = (part(), part(), part());
         match (segment::is_instance(instance), seq.parse(), hash.parse()) {
             (true, Ok(seq), Ok(hash)) => Ok(Self { instance: instance.to_owned(), seq, hash }),
-            _ => Err(AuditError::Query("an anchor is `instance:sequence:hash`, the hash as 64 hex digits".to_owned())),
+            _ => Err(AuditError::Query(
+                "an anchor is `instance:sequence:hash`, the hash as 64 hex digits".to_owned(),
+            )),
         }
     }
 }
@@ -195,7 +197,9 @@ mod tests {
         let anchor: Anchor = text.parse().unwrap();
         assert_eq!((anchor.instance.as_str(), anchor.seq), ("broker-1", 12));
         assert_eq!(anchor.to_string(), text);
-        for bad in ["", "a", "a:1", "a:1:00", "a:x:00", "../a:1:00", &text[1..text.len() - 1], &format!("{text}:1")] {
+        for bad in
+            ["", "a", "a:1", "a:1:00", "a:x:00", "../a:1:00", &text[1..text.len() - 1], &format!("{text}:1")]
+        {
             assert!(bad.parse::<Anchor>().is_err(), "{bad}");
         }
     }

@@ -123,7 +123,8 @@ impl Tail {
             }
         }
         if flaw.is_some() {
-            let cut = segment::digest_from(&tail.path, tail.whole).map_err(|error| unreadable(&tail.path, &error))?;
+            let cut = segment::digest_from(&tail.path, tail.whole)
+                .map_err(|error| unreadable(&tail.path, &error))?;
             let (sha256, bytes) = cut;
             tail.torn = Some(Notice::Repaired { segment: segment::file_name(first), bytes, sha256 });
         }
@@ -136,7 +137,9 @@ impl Tail {
             return Err(Flaw::Torn("the record was changed"));
         }
         match self.head {
-            None if frame.seq != first => return Err(Flaw::Wrong(format!("its first record is {}", frame.seq))),
+            None if frame.seq != first => {
+                return Err(Flaw::Wrong(format!("its first record is {}", frame.seq)));
+            }
             Some(head) if !frame.follows(head) => {
                 return Err(Flaw::Wrong(format!("record {} does not follow record {}", frame.seq, head.seq)));
             }
@@ -151,8 +154,12 @@ impl Tail {
         if let Entry::Notice(Notice::Checkpoint { head, kv_revision, key: id, signature }) = entry {
             self.kv_revision = self.kv_revision.max(kv_revision);
             if id == key.id() {
-                if head != frame.prev || !key.admits(&Statement::of(instance, &frame, kv_revision), &signature) {
-                    return Err(Flaw::Wrong("the checkpoint's signature does not fit the chain before it".to_owned()));
+                if head != frame.prev
+                    || !key.admits(&Statement::of(instance, &frame, kv_revision), &signature)
+                {
+                    return Err(Flaw::Wrong(
+                        "the checkpoint's signature does not fit the chain before it".to_owned(),
+                    ));
                 }
                 self.is_signed = true;
                 self.unsigned = 0;
@@ -164,6 +171,9 @@ impl Tail {
     }
 
     fn broken(&self, problem: &str) -> AuditError {
-        AuditError::Broken { path: format!("{}:{}", self.path.display(), self.line), problem: problem.to_owned() }
+        AuditError::Broken {
+            path: format!("{}:{}", self.path.display(), self.line),
+            problem: problem.to_owned(),
+        }
     }
 }

@@ -54,7 +54,8 @@ pub(super) fn list(folder: &Path) -> Result<Listing, AuditError> {
     let mut listing = Listing::default();
     let entries = fs::read_dir(folder).map_err(|error| unreadable(folder, &error))?;
     for entry in entries {
-        let name = entry.map_err(|error| unreadable(folder, &error))?.file_name().to_string_lossy().into_owned();
+        let name =
+            entry.map_err(|error| unreadable(folder, &error))?.file_name().to_string_lossy().into_owned();
         let Some(digits) = name.strip_suffix(SUFFIX) else { continue };
         match digits.parse() {
             Ok(first) if file_name(first) == name => listing.segments.push(first),
@@ -91,7 +92,8 @@ impl Folder {
     pub(super) fn open(directory: &Path, instance: &str) -> Result<Self, AuditError> {
         if !is_instance(instance) {
             let instance: String = instance.escape_debug().take(64).collect();
-            let rule = "a name is 1-64 of A-Za-z0-9._- and does not start with a dot; give the broker another";
+            let rule =
+                "a name is 1-64 of A-Za-z0-9._- and does not start with a dot; give the broker another";
             let problem = format!("instance `{instance}`: {rule}");
             return Err(AuditError::Unusable { path: directory.display().to_string(), problem });
         }
@@ -102,7 +104,14 @@ impl Folder {
         let identity = handle.metadata().map(|metadata| Identity::of(&metadata));
         let identity = identity.map_err(|error| unavailable(&path, &error))?;
         let lock = lock(&path)?;
-        Ok(Self { directory: directory.to_owned(), instance: instance.to_owned(), path, handle, identity, _lock: lock })
+        Ok(Self {
+            directory: directory.to_owned(),
+            instance: instance.to_owned(),
+            path,
+            handle,
+            identity,
+            _lock: lock,
+        })
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -184,7 +193,10 @@ fn private_folder(path: &Path, flags: OFlags) -> Result<File, AuditError> {
         .and_then(|handle| Ok((handle.metadata()?, handle)));
     let (metadata, handle) = opened.map_err(|error| unavailable(path, &error))?;
     let problem = if metadata.mode() & 0o022 != 0 {
-        format!("its group or others may write to it (mode {:04o}); run `chmod go-w` on it", metadata.mode() & 0o7777)
+        format!(
+            "its group or others may write to it (mode {:04o}); run `chmod go-w` on it",
+            metadata.mode() & 0o7777
+        )
     } else if ![0, rustix::process::geteuid().as_raw()].contains(&metadata.uid()) {
         format!("it belongs to user {}, who could replace what is in it; run `chown` on it", metadata.uid())
     } else {
@@ -393,7 +405,11 @@ pub(super) struct LineReader {
 impl LineReader {
     pub(super) fn open(path: &Path) -> Result<Self, AuditError> {
         let file = open_to_read(path).map_err(|error| unreadable(path, &error))?;
-        Ok(Self { path: path.to_owned(), file: BufReader::with_capacity(READ_AT_ONCE, file), line: Vec::new() })
+        Ok(Self {
+            path: path.to_owned(),
+            file: BufReader::with_capacity(READ_AT_ONCE, file),
+            line: Vec::new(),
+        })
     }
 
     /// The next piece; `None` at the end.
@@ -562,7 +578,8 @@ mod tests {
         let mut segment = folder.create(1).unwrap();
         segment.append(b"one\n", false).unwrap();
         // A handle that can't write stands in for a disk that can't.
-        let good = std::mem::replace(&mut segment.file, File::open(segment.path()).unwrap());
+        let unwritable = File::open(segment.path()).unwrap();
+        let good = std::mem::replace(&mut segment.file, unwritable);
         assert!(segment.append(b"two\n", true).is_err());
         assert!(segment.damaged);
         segment.file = good;

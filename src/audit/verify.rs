@@ -21,7 +21,8 @@ pub fn verify(directory: &Path, keys: &[VerifyingKey], anchors: &[Anchor]) -> Re
     let instances = instances(directory)?;
     for instance in &instances {
         let anchors = anchors.iter().filter(|anchor| anchor.instance == *instance);
-        let mut walk = Walk::new(instance, &keys, anchors.map(|anchor| (anchor, false)).collect(), &mut report);
+        let mut walk =
+            Walk::new(instance, &keys, anchors.map(|anchor| (anchor, false)).collect(), &mut report);
         walk.chain(&directory.join(instance))?;
         let found = walk.finish();
         report.instances.push(found);
@@ -51,7 +52,8 @@ pub(super) fn instances(directory: &Path) -> Result<Vec<String>, AuditError> {
     }
     names.sort_unstable();
     if names.is_empty() {
-        let cause = "it holds no instance's folder; name the folder above the one with the .jsonl files".to_owned();
+        let cause =
+            "it holds no instance's folder; name the folder above the one with the .jsonl files".to_owned();
         return Err(AuditError::Unreadable { path: directory.display().to_string(), cause });
     }
     Ok(names)
@@ -126,7 +128,11 @@ impl<'a> Walk<'a> {
                 Chunk::Line(line) => self.record(line, first),
                 Chunk::Torn(bytes) if is_last => self.found.torn_bytes = bytes,
                 Chunk::Torn(bytes) => {
-                    self.add(FindingKind::Malformed, None, format!("it ends in an unfinished line of {bytes} bytes"));
+                    self.add(
+                        FindingKind::Malformed,
+                        None,
+                        format!("it ends in an unfinished line of {bytes} bytes"),
+                    );
                 }
                 Chunk::TooLong => {
                     self.add(FindingKind::Malformed, None, "the line is longer than any record".to_owned());
@@ -200,11 +206,19 @@ impl<'a> Walk<'a> {
         }
     }
 
-    fn checkpoint(&mut self, frame: &Frame<'_>, head: ChainHash, kv_revision: u64, key: &str, signature: &str) {
+    fn checkpoint(
+        &mut self,
+        frame: &Frame<'_>,
+        head: ChainHash,
+        kv_revision: u64,
+        key: &str,
+        signature: &str,
+    ) {
         let Some((_, known)) = self.keys.iter().find(|(id, _)| id == key) else {
             let id: String = key.escape_debug().take(16).collect();
             if self.unknown_keys.len() < MAX_FINDINGS && self.unknown_keys.insert(id.clone()) {
-                let message = format!("signed by key {id}, which is not among those given (said once for each key)");
+                let message =
+                    format!("signed by key {id}, which is not among those given (said once for each key)");
                 self.add(FindingKind::UnknownKey, Some(frame.seq), message);
             }
             return;
@@ -227,7 +241,8 @@ impl<'a> Walk<'a> {
             differs |= anchor.hash != frame.hash;
         }
         if differs {
-            let message = "the record is not the one that the anchor names: the chain was rewritten".to_owned();
+            let message =
+                "the record is not the one that the anchor names: the chain was rewritten".to_owned();
             self.add(FindingKind::AnchorMismatch, Some(frame.seq), message);
         }
     }
@@ -240,7 +255,8 @@ impl<'a> Walk<'a> {
             let given_up = begun && self.start.is_some_and(|(first, _)| anchor.seq < first);
             if !met && !given_up {
                 let last = self.head.map_or(0, |head| head.seq);
-                let message = format!("record {} is known to have been written; the chain ends at {last}", anchor.seq);
+                let message =
+                    format!("record {} is known to have been written; the chain ends at {last}", anchor.seq);
                 self.add(FindingKind::AnchorMissing, Some(anchor.seq), message);
             }
         }
@@ -255,8 +271,9 @@ impl<'a> Walk<'a> {
     fn check_start(&mut self) -> bool {
         let Some((first, prev)) = self.start else { return true };
         let from_the_beginning = first == 1 && prev == ChainHash::genesis(self.instance);
-        let by_retention =
-            self.signed_retention.is_some_and(|(kept, before)| first < kept || (first, prev) == (kept, before));
+        let by_retention = self
+            .signed_retention
+            .is_some_and(|(kept, before)| first < kept || (first, prev) == (kept, before));
         if !from_the_beginning && !by_retention {
             let message = match first {
                 1 => "record 1 is not the beginning of this instance's chain".to_owned(),

@@ -1,4 +1,4 @@
-//! [`Log`]: the handle that callers append through, and the one thread behind it that writes.
+//! The one thread that writes.
 //!
 //! ```text
 //!   append ──▶ queue ──▶ chained ──▶ one write ──▶ one fdatasync, where ──▶ all answered ──▶ subscribers told
@@ -11,248 +11,25 @@
 //! - the chain's head moves only with an acknowledged batch;
 //! - before each, the file is checked to be the one that was written, as it was left.
 
-use std::fmt;
 use std::mem;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
-
-use tokio::sync::broadcast;
 
 use super::chain::{Fields, Head, Lines, Notice};
 use super::checkpoint::{SigningKey, Statement};
+use super::log::{Settings, Shared};
 use super::queue::{self, Phase, Queue, Submission};
 use super::resume::{Resumed, resume};
 use super::segment::{Folder, Segment, list, unavailable};
-use super::{AuditError, CHECKPOINT_EVERY, CHECKPOINT_WITHIN, Record, SYNC_WITHIN};
+use super::{AuditError, CHECKPOINT_EVERY, CHECKPOINT_WITHIN, SYNC_WITHIN};
 use crate::clock::SharedClock;
-use crate::environment::Durability;
 
 /// How long a log that can't be written waits before it tries by itself.
 const RETRY_EVERY: Duration = Duration::from_secs(1);
 /// How often a log that can't be written says so.
 const COMPLAIN_EVERY: Duration = Duration::from_secs(10);
-/// How many lines a subscriber may be behind before it loses some.
-const SUBSCRIBER_LAG: usize = 1_024;
-
-/// How a log is kept.
-#[derive(Clone)]
-pub struct Settings {
-    /// The folder of all instances' chains: `DIR/audit`. Made where it is missing.
-    pub directory: PathBuf,
-    /// The instance, which is the folder's name below: 1–64 of `A-Za-z0-9._-`, not starting with a dot.
-    pub instance: String,
-    /// How large a segment grows, in bytes, before the next begins; a batch is never split. Default 64 MiB.
-    pub segment_bytes: u64,
-    /// How old a segment's newest record is at least when the segment is removed. Default 730 days.
-    pub retention: Duration,
-    /// The key-value layer's durable revision, which each checkpoint vouches for. Called by the log's thread, and by
-    /// [`Log::open`] itself; must not block. Default 0.
-    pub kv_revision: Arc<dyn Fn() -> u64 + Send + Sync>,
-}
-
-impl Settings {
-    /// The defaults.
-    #[must_use]
-    pub fn new(directory: impl Into<PathBuf>, instance: impl Into<String>) -> Self {
-        Self {
-            directory: directory.into(),
-            instance: instance.into(),
-            segment_bytes: 64 << 20,
-            retention: Duration::from_secs(730 * 86_400),
-            kv_revision: Arc::new(|| 0),
-        }
-    }
-}
-
-impl fmt::Debug for Settings {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Settings")
-            .field("directory", &self.directory)
-            .field("instance", &self.instance)
-            .field("segment_bytes", &self.segment_bytes)
-            .field("retention", &self.retention)
-            .finish_non_exhaustive()
-    }
-}
-
-/// An instance's audit log, open for writing. Cheap to clone; clones share one writer.
-///
-/// A log that is dropped without [`close`](Self::close) writes what waits and syncs it, but leaves no shutdown record.
-#[derive(Clone)]
-pub struct Log {
-    inner: Arc<Inner>,
-}
-
-struct Inner {
-    shared: Arc<Shared>,
-    directory: PathBuf,
-    instance: String,
-    anchored_kv_revision: u64,
-    thread: Option<JoinHandle<()>>,
-}
-
-/// What the handles and the writer share.
-struct Shared {
-    queue: Queue,
-    lines: broadcast::Sender<Arc<str>>,
-    trouble: Mutex<Option<AuditError>>,
-}
-
-impl Log {
-    /// Opens the log and says so in it. Blocks: it reads the chain from the last checkpoint on and syncs the start
-    /// record. Starts one thread.
-    ///
-    /// # Errors
-    /// [`AuditError::Broken`] where the chain can't be continued, [`AuditError::Locked`] where another writer has it,
-    /// [`AuditError::Unusable`], [`AuditError::Unreadable`], [`AuditError::Unavailable`].
-    pub fn open(settings: Settings, key: SigningKey, clock: SharedClock) -> Result<Self, AuditError> {
-        let folder = Folder::open(&settings.directory, &settings.instance)?;
-        let found = resume(folder.path(), &settings.instance, &key.verifying_key())?;
-        let segment = match found.segment {
-            Some((first, whole)) => folder.reopen(first, whole)?,
-            None => folder.create(found.head.seq + 1)?,
-        };
-        let shared = Arc::new(Shared {
-            queue: Queue::new(folder.path().display().to_string()),
-            lines: broadcast::Sender::new(SUBSCRIBER_LAG),
-            trouble: Mutex::new(None),
-        });
-        let mut inner = Inner {
-            shared: Arc::clone(&shared),
-            directory: settings.directory.clone(),
-            instance: settings.instance.clone(),
-            anchored_kv_revision: found.kv_revision,
-            thread: None,
-        };
-        let tally = Tally {
-            head: found.head,
-            unsigned: found.unsigned,
-            unsigned_since: None,
-            kv_revision: found.kv_revision,
-        };
-        let mut writer = Writer {
-            settings,
-            key,
-            clock,
-            shared,
-            folder,
-            segment,
-            tally,
-            pending: Vec::new(),
-            lines: Lines::default(),
-            unsynced_since: None,
-            retention_due: true,
-            is_troubled: false,
-            retry_at: Duration::ZERO,
-            complained_at: None,
-        };
-        writer.begin(found)?;
-        let path = writer.folder.path().to_owned();
-        let thread = thread::Builder::new().name("claviger-audit".to_owned()).spawn(move || writer.run());
-        inner.thread = Some(thread.map_err(|error| unavailable(&path, &error))?);
-        Ok(Self { inner: Arc::new(inner) })
-    }
-
-    /// Appends a record and gives its sequence once it is written ([`Durability::Relaxed`]) or on the disk
-    /// ([`Durability::Durable`]). Texts beyond their bounds are cut. Once polled, the record is written whether or not
-    /// the answer is waited for.
-    ///
-    /// # Errors
-    /// [`AuditError::Unavailable`] where there is no record, and so nothing may be served; [`AuditError::Closed`];
-    /// [`AuditError::Record`] where its kind is one of the log's own.
-    pub async fn append(&self, record: Record, durability: Durability) -> Result<u64, AuditError> {
-        self.submit(Fields::of_record(record)?, Vec::new(), durability).await
-    }
-
-    /// Appends records that stand next to each other, all or none. No record is no error.
-    ///
-    /// # Errors
-    /// As [`append`](Self::append).
-    pub async fn append_all(&self, records: Vec<Record>, durability: Durability) -> Result<(), AuditError> {
-        let mut fields = records.into_iter().map(Fields::of_record);
-        let Some(first) = fields.next().transpose()? else { return Ok(()) };
-        let more = fields.collect::<Result<_, _>>()?;
-        self.submit(first, more, durability).await.map(|_| ())
-    }
-
-    async fn submit(&self, first: Fields, more: Vec<Fields>, durability: Durability) -> Result<u64, AuditError> {
-        let queue = &self.inner.shared.queue;
-        let (submission, answer) = Submission::new(first, more, durability);
-        queue.push(submission)?;
-        answer.await.unwrap_or_else(|_| Err(queue.stopped()))
-    }
-
-    /// Every line from now on, as it stands in the file without its newline, once it is acknowledged. A receiver that
-    /// is more than 1,024 lines behind loses the oldest.
-    #[must_use]
-    pub fn subscribe(&self) -> broadcast::Receiver<Arc<str>> {
-        self.inner.shared.lines.subscribe()
-    }
-
-    /// Whether the last attempt to write succeeded. A log in trouble tries again by itself every second.
-    ///
-    /// # Errors
-    /// What that attempt failed with.
-    pub fn health(&self) -> Result<(), AuditError> {
-        let shared = &self.inner.shared;
-        if shared.queue.has_failed() {
-            return Err(shared.queue.stopped());
-        }
-        shared.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone().map_or(Ok(()), Err)
-    }
-
-    /// The highest key-value revision that a checkpoint found at the start vouches for; 0 without one. A key-value
-    /// layer that is older was brought back from the past.
-    #[must_use]
-    pub fn anchored_kv_revision(&self) -> u64 {
-        self.inner.anchored_kv_revision
-    }
-
-    /// The folder of all instances.
-    #[must_use]
-    pub fn directory(&self) -> &Path {
-        &self.inner.directory
-    }
-
-    /// The instance.
-    #[must_use]
-    pub fn instance(&self) -> &str {
-        &self.inner.instance
-    }
-
-    /// Writes what waits, a shutdown record and a checkpoint, syncs them, and lets go of the folder. Whoever calls
-    /// this again, or meanwhile, waits for the same end.
-    ///
-    /// # Errors
-    /// [`AuditError::Unavailable`] where the shutdown record could not be written; the log is closed all the same.
-    pub async fn close(&self) -> Result<(), AuditError> {
-        let queue = &self.inner.shared.queue;
-        match queue.close() {
-            Some(closed) => closed.await.unwrap_or_else(|_| Err(queue.stopped())),
-            None => Ok(()),
-        }
-    }
-}
-
-impl fmt::Debug for Log {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Log").field("instance", &self.inner.instance).finish_non_exhaustive()
-    }
-}
-
-impl Drop for Inner {
-    fn drop(&mut self) {
-        self.shared.queue.abandon();
-        // Waited for, so that the folder is free again; by anyone but the writer itself, whose settings may hold a log.
-        if let Some(thread) = self.thread.take()
-            && thread.thread().id() != thread::current().id()
-        {
-            drop(thread.join());
-        }
-    }
-}
+/// How many groups a batch keeps memory for.
+const USUAL_BATCH: usize = 4_096;
 
 /// How far a batch must go before it is acknowledged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -274,7 +51,8 @@ struct Tally {
     kv_revision: u64,
 }
 
-struct Writer {
+/// See the module.
+pub(super) struct Writer {
     settings: Settings,
     key: SigningKey,
     clock: SharedClock,
@@ -293,6 +71,47 @@ struct Writer {
 }
 
 impl Writer {
+    /// Takes the instance's folder, mends what a crash left, and says in the log that it is open. Gives the highest
+    /// key-value revision that the chain found vouches for as well.
+    pub(super) fn open(
+        settings: Settings,
+        key: SigningKey,
+        clock: SharedClock,
+        shared: Arc<Shared>,
+    ) -> Result<(Self, u64), AuditError> {
+        let folder = Folder::open(&settings.directory, &settings.instance)?;
+        let found = resume(folder.path(), &settings.instance, &key.verifying_key())?;
+        let segment = match found.segment {
+            Some((first, whole)) => folder.reopen(first, whole)?,
+            None => folder.create(found.head.seq + 1)?,
+        };
+        let tally = Tally {
+            head: found.head,
+            unsigned: found.unsigned,
+            unsigned_since: None,
+            kv_revision: found.kv_revision,
+        };
+        let mut writer = Self {
+            settings,
+            key,
+            clock,
+            shared,
+            folder,
+            segment,
+            tally,
+            pending: Vec::new(),
+            lines: Lines::default(),
+            unsynced_since: None,
+            retention_due: true,
+            is_troubled: false,
+            retry_at: Duration::ZERO,
+            complained_at: None,
+        };
+        let anchored = found.kv_revision;
+        writer.begin(found)?;
+        Ok((writer, anchored))
+    }
+
     fn begin(&mut self, found: Resumed) -> Result<(), AuditError> {
         if let Some(torn) = &found.torn {
             tracing::warn!(?torn, "audit log: a line that a crash left unfinished was cut off");
@@ -300,10 +119,13 @@ impl Writer {
         self.pending.extend(found.torn);
         let version = env!("CARGO_PKG_VERSION").to_owned();
         self.pending.push(Notice::Start { version, unsigned: found.unsigned });
-        self.commit(&[], Level::Signed).map(|_| ())
+        self.commit(&[], Level::Signed)?;
+        self.tick();
+        Ok(())
     }
 
-    fn run(mut self) {
+    /// Serves until the log is closed or no one holds it any more.
+    pub(super) fn run(mut self) {
         let shared = Arc::clone(&self.shared);
         let _failure = Failure(&shared.queue);
         let mut batch = Vec::new();
@@ -332,6 +154,7 @@ impl Writer {
             Ok(sequences) => queue::answer(batch.drain(..).zip(sequences.into_iter().map(Ok))),
             Err(error) => queue::answer(batch.drain(..).map(|submission| (submission, Err(error.clone())))),
         }
+        batch.shrink_to(USUAL_BATCH);
     }
 
     /// What time alone makes due.
@@ -347,9 +170,8 @@ impl Writer {
         }
         // Only a record that reaches the disk proves that the trouble is over.
         let level = if self.is_troubled { Level::Signed } else { Level::Synced };
-        if self.commit(&[], level).is_err() {
-            self.retry_at = now + RETRY_EVERY;
-        }
+        // What it failed with is noted.
+        let _ = self.commit(&[], level);
     }
 
     fn due(&self) -> Option<Duration> {
@@ -388,8 +210,8 @@ impl Writer {
 
     /// Makes sure that the segment is the file that was written, as it was left; else begins another one that says so.
     fn hold_segment(&mut self) -> Result<(), AuditError> {
-        let failed = |error: std::io::Error| unavailable(self.segment.path(), &error);
-        let Some(problem) = self.segment.problem().map_err(failed)? else {
+        let problem = self.segment.problem().map_err(|error| unavailable(self.segment.path(), &error))?;
+        let Some(problem) = problem else {
             return self.segment.mend().map_err(|error| unavailable(self.segment.path(), &error));
         };
         self.folder.refresh()?;
@@ -458,11 +280,15 @@ impl Writer {
         let mut segments = list(self.folder.path())?.segments;
         // The current one always stays.
         let current = segments.pop();
-        let is_old = |first: &&u64| matches!(self.folder.newest(**first), Ok(Some(newest)) if newest < cutoff);
+        let is_old =
+            |first: &&u64| matches!(self.folder.newest(**first), Ok(Some(newest)) if newest < cutoff);
         let old = segments.iter().take_while(is_old).count();
         let Some(kept) = segments.get(old).copied().or(current).filter(|_| old > 0) else { return Ok(()) };
         let Some(before) = self.folder.before(kept)? else {
-            tracing::error!(segment = kept, "audit log: its first line is damaged, so nothing before it is removed");
+            tracing::error!(
+                segment = kept,
+                "audit log: its first line is damaged, so nothing before it is removed"
+            );
             return Ok(());
         };
         let removed = u64::try_from(old).unwrap_or(u64::MAX);
@@ -475,19 +301,19 @@ impl Writer {
         Ok(())
     }
 
-    /// Keeps the health, and complains at most every so often.
+    /// Keeps the health, sets when to try again, and complains at most every so often.
     fn note(&mut self, error: Option<&AuditError>) {
         if error.is_none() && !self.is_troubled {
             return;
         }
         *self.shared.trouble.lock().unwrap_or_else(PoisonError::into_inner) = error.cloned();
         self.is_troubled = error.is_some();
-        let now = self.clock.monotonic();
         let Some(error) = error else {
-            self.complained_at = None;
             tracing::info!("audit log: it is written again");
             return;
         };
+        let now = self.clock.monotonic();
+        self.retry_at = now + RETRY_EVERY;
         if self.complained_at.is_none_or(|at| now.saturating_sub(at) >= COMPLAIN_EVERY) {
             self.complained_at = Some(now);
             tracing::error!(%error, "audit log: nothing is served until this is mended");

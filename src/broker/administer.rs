@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tokio::sync::broadcast;
 
 use super::{Broker, BrokerError, Call, record};
-use crate::audit::{AuditError, Query, Report};
+use crate::audit::{Query, Report};
 use crate::environment::Durability;
 use crate::error::Reason;
 use crate::identity::Principal;
@@ -115,7 +115,7 @@ impl Broker {
     /// [`BrokerError`]; needs [`Action::Administer`] on the broker.
     pub async fn reload_policy(&self, call: &Call) -> Result<Reloaded, BrokerError> {
         let grant = self.authorize(call, "reload_policy", Action::Administer, &Resource::Broker).await?;
-        let reloaded = self.parts.policies.reload().map_err(BrokerError::from);
+        let reloaded = self.read_policies().await;
         let record = record::of_grant(call, "reload_policy", &grant);
         self.released(&grant, record, reloaded, |reloaded, record| {
             record.done().with_detail(format!("generation {}, {} policies", reloaded.generation, reloaded.policies))
@@ -128,7 +128,7 @@ impl Broker {
     /// # Errors
     /// [`BrokerError`].
     pub async fn reload_policy_unasked(&self, cause: &str) -> Result<Reloaded, BrokerError> {
-        let reloaded = self.parts.policies.reload().map_err(BrokerError::from);
+        let reloaded = self.read_policies().await;
         let record = record::of_policies(cause);
         let record = match &reloaded {
             Ok(reloaded) => record.done().with_detail(format!(
@@ -139,6 +139,11 @@ impl Broker {
         };
         self.append(record, Durability::Durable).await?;
         reloaded
+    }
+
+    async fn read_policies(&self) -> Result<Reloaded, BrokerError> {
+        let policies = Arc::clone(&self.parts.policies);
+        off_the_reactor(move || policies.reload()).await
     }
 
     /// Puts the set in force on record.
@@ -209,12 +214,12 @@ fn said_of(token: &TokenRecord) -> String {
     format!("token {} of {}::\"{}\", expires {}", token.id, token.kind.entity_type(), token.principal, token.expires_at)
 }
 
-/// Reading a log is file I/O for as long as the log is.
-async fn off_the_reactor<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, AuditError> + Send + 'static,
+/// Reading files, and checking what is in them, takes as long as there is of it.
+async fn off_the_reactor<T: Send + 'static, E: Into<BrokerError> + Send + 'static>(
+    work: impl FnOnce() -> Result<T, E> + Send + 'static,
 ) -> Result<T, BrokerError> {
     match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result.map_err(BrokerError::from),
-        Err(error) => Err(BrokerError::rejected(Reason::Internal, format!("reading the audit log failed: {error}"))),
+        Ok(result) => result.map_err(E::into),
+        Err(error) => Err(BrokerError::rejected(Reason::Internal, format!("reading files failed: {error}"))),
     }
 }

@@ -1,6 +1,7 @@
 //! `claviger serve`: the broker.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -11,6 +12,7 @@ use super::Context;
 use crate::config::Raw;
 use crate::config::assembly::Running;
 use crate::error::Reason;
+use crate::telemetry;
 
 /// Runs the broker in the foreground until SIGTERM or SIGINT.
 #[derive(Debug, clap::Args)]
@@ -21,12 +23,12 @@ pub(super) struct Args {
 }
 
 pub(super) async fn run(args: Args, context: &Context) -> Result<Exit, CliError> {
+    telemetry::start(context.environ.text(telemetry::VARIABLE)?).map_err(CliError::usage)?;
     let file = args.config.display().to_string();
     let text = std::fs::read_to_string(&args.config)
         .map_err(|error| CliError::new(Reason::InvalidConfig, format!("{file}: {error}")))?;
     let resolved = Raw::parse(&text, &file)?.resolve()?;
-    let variable = |name: &str| context.environ.text(name).map(|text| Zeroizing::new(text.to_owned()));
-    let running = Running::start(&resolved, &variable, context.clock.clone()).await?;
+    let running = Running::start(&resolved, &variables(context), Arc::clone(&context.clock)).await?;
     for warning in &running.warnings {
         context.output.notice(warning);
     }
@@ -38,6 +40,11 @@ pub(super) async fn run(args: Args, context: &Context) -> Result<Exit, CliError>
     }
     running.serve(doors, resolved.limits, stop_on_signal()?).await?;
     Ok(Exit::DONE)
+}
+
+/// Reads the variables that a configuration names; one that is not text counts as not set.
+pub(super) fn variables(context: &Context) -> impl Fn(&str) -> Option<Zeroizing<String>> + Sync {
+    |name| context.environ.text(name).ok().flatten().map(|text| Zeroizing::new(text.to_owned()))
 }
 
 /// Turns true with the first SIGTERM or SIGINT.

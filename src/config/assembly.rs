@@ -15,7 +15,7 @@ use std::sync::Arc;
 use tokio::sync::watch;
 use zeroize::Zeroizing;
 
-use super::{Resolved, RootKeyChoice, reload};
+use super::{Resolved, RootKeyChoice, housekeeping, reload};
 use crate::audit::{self, AuditError, Log, SigningKey, VerifyingKey};
 use crate::broker::{Broker, BrokerError, Parts};
 use crate::cache::{self, Cache};
@@ -119,6 +119,7 @@ pub struct Running {
     pub warnings: Vec<String>,
     identity: Arc<Chain>,
     kv: Embedded,
+    sealed: Arc<Sealed>,
     policy: PolicySource,
 }
 
@@ -153,7 +154,8 @@ impl Running {
         warnings.extend(policies.warnings());
         let shared: Arc<dyn Kv> = Arc::new(kv.clone());
         let root = root_key(&resolved.root_key, fresh, variable, &mut warnings)?;
-        let stores = stores(resolved, &shared, Arc::new(root), &clock).await?;
+        let sealed = Arc::new(Sealed::open(Arc::clone(&shared), Arc::new(root), Arc::clone(&clock)).await?);
+        let stores = stores(resolved, &sealed, &clock).await?;
         let tokens = Arc::new(Tokens::open(Arc::clone(&shared), Arc::clone(&clock)).await?);
         let peers = PeerCredentials::new(resolved.peers.clone()).map_err(StartError::Config)?;
         let chain: Vec<Arc<dyn Authenticator>> = vec![Arc::clone(&tokens) as _, Arc::new(peers)];
@@ -167,7 +169,7 @@ impl Running {
             clock,
         }));
         broker.record_policy_loaded("start").await?;
-        Ok(Self { broker, warnings, identity: Arc::new(Chain::new(chain)), kv, policy: resolved.policy.clone() })
+        Ok(Self { broker, warnings, identity: Arc::new(Chain::new(chain)), kv, sealed, policy: resolved.policy.clone() })
     }
 
     /// Serves until `shutdown` says true; then drains, signs the audit log off and closes the store.
@@ -181,8 +183,12 @@ impl Running {
         shutdown: watch::Receiver<bool>,
     ) -> Result<(), StartError> {
         let _reloading = reload::on_change(Arc::clone(&self.broker), &self.policy, shutdown.clone())?;
+        let registry = self.broker.registry().clone();
+        let kept =
+            tokio::spawn(housekeeping::run(self.kv.clone(), Arc::clone(&self.sealed), registry, shutdown.clone()));
         let served =
             server::serve(Arc::clone(&self.broker), Arc::clone(&self.identity), doors, limits, shutdown).await;
+        kept.abort();
         let stopped = self.stop().await;
         served?;
         stopped
@@ -289,15 +295,13 @@ fn root_key(
 /// One cached store for each environment; the sealed ones share the store below.
 async fn stores(
     resolved: &Resolved,
-    kv: &Arc<dyn Kv>,
-    root: Arc<RootKey>,
+    sealed: &Arc<Sealed>,
     clock: &SharedClock,
 ) -> Result<Guarded, StartError> {
-    let sealed: Arc<dyn Store> = Arc::new(Sealed::open(Arc::clone(kv), root, Arc::clone(clock)).await?);
     let mut stores: BTreeMap<EnvironmentName, Arc<dyn Store>> = BTreeMap::new();
     for environment in resolved.registry.iter() {
-        let below = match &environment.store {
-            StoreChoice::Sealed => Arc::clone(&sealed),
+        let below: Arc<dyn Store> = match &environment.store {
+            StoreChoice::Sealed => Arc::clone(sealed) as _,
             StoreChoice::Aws(settings) => {
                 Arc::new(Aws::connect(environment.name.clone(), settings, Arc::clone(clock)).await?)
             }

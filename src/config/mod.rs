@@ -2,6 +2,7 @@
 //! I/O; [`assembly`] opens what a [`Resolved`] names.
 
 pub mod assembly;
+mod housekeeping;
 mod reload;
 pub mod samples;
 

@@ -64,7 +64,7 @@ impl Reasoned for CryptoError {
     }
 }
 
-/// Random bytes from the operating system, for nonces and ids. Keys are filled in place by [`fill_random`].
+/// Random bytes from the operating system, for nonces and ids. A key is drawn where it is kept, not by this.
 ///
 /// # Errors
 /// [`CryptoError::Random`].

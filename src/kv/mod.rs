@@ -163,7 +163,7 @@ impl Write {
 pub struct Transaction {
     /// The conditions.
     pub compare: Vec<Compare>,
-    /// The writes. Every key that they change gets the same revision.
+    /// The writes. Every key that they change gets the same revision; where a key is written twice, the last counts.
     pub write: Vec<Write>,
 }
 

@@ -138,7 +138,7 @@ impl fmt::Display for Resource {
 /// What of the request itself a policy may look at. A decision that did is not cached.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Context {
-    /// Why the caller wants it, in the caller's words.
+    /// Why the caller wants it, in the caller's words. Policies don't see one that is blank.
     pub reason: Option<String>,
 }
 

@@ -418,3 +418,258 @@ fn unknown_name(uid: &EntityUid, vocabulary: &Vocabulary, registry: &Registry) -
 fn nearest<'a>(text: &str, names: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     names.into_iter().min_by_key(|name| strsim::damerau_levenshtein(name, text))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::environment::Environment;
+    use crate::policy::SHIPPED;
+    use crate::secret::EnvironmentName;
+
+    fn registry() -> Registry {
+        let declared = ["development", "production"].map(|name| {
+            let mut environment = Environment::sealed(EnvironmentName::parse(name).unwrap());
+            environment.protected = name == "production";
+            environment
+        });
+        Registry::new(declared).unwrap()
+    }
+
+    fn files(files: &[(&str, &str)]) -> Result<RuleSet, PolicyError> {
+        let schema = SHIPPED.iter().find(|(name, _)| *name == "schema.cedarschema").unwrap();
+        let texts = std::iter::once(schema).chain(files);
+        let texts = texts.map(|(name, text)| ((*name).to_owned(), (*text).to_owned())).collect();
+        RuleSet::load(&PolicySource::Texts(texts), &registry())
+    }
+
+    fn load(text: &str) -> Result<RuleSet, PolicyError> {
+        files(&[("a.cedar", text)])
+    }
+
+    fn problem(text: &str) -> String {
+        let error = load(text).err().unwrap_or_else(|| panic!("accepted: {text}"));
+        let message = error.to_string();
+        assert!(!message.contains('\n'), "{message}");
+        message
+    }
+
+    fn warnings(text: &str) -> Vec<String> {
+        load(text).unwrap_or_else(|error| panic!("{error}")).warnings
+    }
+
+    const OK: &str = r#"@id("ok") permit (principal in Group::"g", action == Action::"read", resource);"#;
+
+    #[test]
+    fn the_shipped_set_is_right_and_warns_of_its_one_wildcard() {
+        let set = RuleSet::load(&PolicySource::shipped(), &registry()).unwrap();
+        assert_eq!(set.rules.len(), 30);
+        let (undeclared, others): (Vec<_>, Vec<_>) = set
+            .warnings
+            .iter()
+            .partition(|warning| warning.contains("environment `staging` is not declared"));
+        assert!(!undeclared.is_empty());
+        assert_eq!(others.len(), 1, "{others:?}");
+        assert!(
+            others[0].contains(
+                "policy `administrators-do-all`: gives every action on everything, because: someone"
+            )
+        );
+    }
+
+    #[test]
+    fn a_rule_is_what_its_annotations_say() {
+        let set = load(
+            r#"
+            // about nothing
+            @id("a") @approvals("2") @expires("2030-01-01T00:00:00+02:00") @loud("true")
+            permit (principal in Group::"g", action == Action::"delete", resource);
+            @id("b") forbid (principal, action, resource) when { context has reason };
+            "#,
+        )
+        .unwrap();
+        let [a, b] = set.rules.as_slice() else { panic!("two rules") };
+        assert_eq!((&*a.id, a.approvals, a.loud, a.reads_context), ("a", Some(2), true, false));
+        assert_eq!(a.expires.unwrap().to_string(), "2029-12-31T22:00:00Z");
+        assert_eq!(a.place, "a.cedar:3:13, policy `a`");
+        assert_eq!((&*b.id, b.permits(), b.reads_context), ("b", false, true));
+        assert_eq!(b.place, "a.cedar:5:13, policy `b`");
+        assert!(set.rule(&PolicyId::new("b")).is_some());
+        assert!(set.rule(&PolicyId::new("policy0")).is_none());
+    }
+
+    #[test]
+    fn cedar_mistakes_are_placed_with_a_mend() {
+        for (text, place, said) in [
+            ("", "a.cedar:1:1: ", "there is no policy in this file"),
+            ("// nothing but a comment\n", "a.cedar:1:1: ", "there is no policy in this file"),
+            ("@id(\"x\")\npermit (principal, action resource);", "a.cedar:2:", "unexpected token"),
+            ("@id(\"x\") permit (principal in Group::\"g\", action", "a.cedar:1:", "unexpected end of input"),
+            (
+                "@id(\"x\")\npermit (principal in Group::\"g\", action == Action::\"raed\", resource);",
+                "a.cedar:2:",
+                "policy `x`: unrecognized action `Action::\"raed\"`; did you mean `Action::\"read\"`?",
+            ),
+            (
+                "@id(\"x\") permit (principal in Grup::\"g\", action == Action::\"read\", resource);",
+                "a.cedar:1:",
+                "policy `x`: unrecognized entity type `Grup`; did you mean `Group`?",
+            ),
+            (
+                "@id(\"x\") permit (principal in Group::\"g\", action == Action::\"read\", resource is Secret)\n\
+                 when { resource.nam == \"database\" };",
+                "a.cedar:2:8, policy `x`: ",
+                "attribute `nam` on entity type `Secret` not found",
+            ),
+            (
+                "@id(\"x\") permit (principal in Group::\"g\", action == Action::\"read\", resource)\n\
+                 when { context.reason == \"x\" };",
+                "a.cedar:2:8, policy `x`: ",
+                "optional attribute `reason`",
+            ),
+            (
+                "@id(\"x\") permit (principal in Group::\"g\", action == Action::\"read\", resource)\n\
+                 when { principal.getTag(\"team\") == \"x\" };",
+                "a.cedar:2:8, policy `x`: ",
+                "access to tag",
+            ),
+            (
+                "@id(\"x\") permit (principal in Group::\"g\", action == Action::\"read\", resource)\n\
+                 when { Environment::\"production\".protected };",
+                "a.cedar:2:8, policy `x`: ",
+                "read attributes and tags of `principal` and `resource` only",
+            ),
+            (
+                "\n@id(\"x\") permit (principal == ?principal, action, resource);",
+                "a.cedar:2:1: ",
+                "is a template",
+            ),
+        ] {
+            let message = problem(text);
+            assert!(message.starts_with(place), "{place}: {message}");
+            assert!(message.contains(said), "{said}: {message}");
+        }
+    }
+
+    #[test]
+    fn several_mistakes_are_counted_and_the_first_is_told() {
+        let message = problem(
+            r#"
+            @id("a") permit (principal in Group::"g", action == Action::"raed", resource);
+            @id("b") permit (principal in Group::"g", action == Action::"wirte", resource);
+            "#,
+        );
+        assert!(message.contains("policy `a`") && message.ends_with("(and 1 more like it)"), "{message}");
+    }
+
+    #[test]
+    fn house_rules_are_placed_with_a_mend() {
+        let head = "permit (principal in Group::\"g\", action == Action::\"read\", resource);";
+        for (annotations, said) in [
+            ("", "a.cedar:1:1: a policy has no @id"),
+            ("@id(\"\")", "is not 1 to 64 of"),
+            ("@id(\"a b\")", "@id(\"a b\") is not"),
+            ("@id(\"\u{440}ead\")", "@id(\"\\u{440}ead\") is not"),
+            ("@id(\"x\") @aprovals(\"2\")", "unknown annotation @aprovals; did you mean @approvals?"),
+            ("@id(\"x\") @approvals(\"0\")", "policy `x`: @approvals(\"0\") asks for nothing"),
+            ("@id(\"x\") @approvals(\"two\")", "is not a number from 1 to 255"),
+            ("@id(\"x\") @approvals(\"-1\")", "is not a number from 1 to 255"),
+            ("@id(\"x\") @approvals(\"+1\")", "is not a number from 1 to 255"),
+            ("@id(\"x\") @approvals(\"01\")", "is not a number from 1 to 255"),
+            ("@id(\"x\") @approvals(\"256\")", "is not a number from 1 to 255"),
+            ("@id(\"x\") @approvals", "is not a number from 1 to 255"),
+            ("@id(\"x\") @expires(\"2026-01-01\")", "is not a time; write it like"),
+            ("@id(\"x\") @expires(\"tomorrow\")", "is not a time; write it like"),
+            ("@id(\"x\") @loud(\"yes\")", "@loud is either"),
+            ("@id(\"x\") @allow_wildcard(\" \")", "@allow_wildcard says why"),
+        ] {
+            let message = problem(format!("{annotations} {head}").trim_start());
+            assert!(message.contains(said), "{said}: {message}");
+        }
+        for annotation in ["@approvals(\"2\")", "@allow_wildcard(\"why\")"] {
+            let message = problem(&format!("@id(\"x\") {annotation} forbid (principal, action, resource);"));
+            assert!(message.contains("is for a permit"), "{message}");
+        }
+    }
+
+    #[test]
+    fn ids_are_unique_across_files() {
+        let second = format!("\n{OK}");
+        let error = files(&[("a.cedar", OK), ("b.cedar", second.as_str())]).err().unwrap().to_string();
+        assert_eq!(
+            error,
+            "b.cedar:2:1, policy `ok`: the id is taken by a.cedar:1:1, policy `ok`; ids are unique across files"
+        );
+    }
+
+    #[test]
+    fn a_wildcard_needs_a_reason_and_is_pointed_out() {
+        for (head, said) in [
+            ("(principal, action, resource)", "leaves principal, action and resource all open"),
+            ("(principal in Group::\"g\", action, resource)", "gives every action on everything"),
+            ("(principal is User, action, resource is Secret)", "gives every action on what is protected"),
+            (
+                "(principal in Group::\"g\", action, resource in Environment::\"production\")",
+                "gives every action on what is protected",
+            ),
+            (
+                "(principal in Group::\"g\", action, resource == Secret::\"production:database\")",
+                "gives every action on what is protected",
+            ),
+            (
+                "(principal in Group::\"g\", action, resource == Environment::\"claviger\")",
+                "gives every action on what is protected",
+            ),
+        ] {
+            let message = problem(&format!("@id(\"x\") permit {head};"));
+            assert!(message.contains(&format!("policy `x`: {said}; list the actions")), "{message}");
+            let warned = warnings(&format!("@id(\"x\") @allow_wildcard(\"on call\") permit {head};"));
+            assert!(
+                warned.iter().any(|warning| warning.contains(&format!("{said}, because: on call"))),
+                "{warned:?}"
+            );
+        }
+        for fine in [
+            "permit (principal in Group::\"g\", action, resource in Environment::\"development\")",
+            "permit (principal, action == Action::\"read\", resource in Environment::\"production\")",
+            "forbid (principal, action, resource)",
+        ] {
+            assert_eq!(warnings(&format!("@id(\"x\") {fine};")), Vec::<String>::new(), "{fine}");
+        }
+    }
+
+    #[test]
+    fn every_action_by_name_is_every_action() {
+        let all: Vec<String> =
+            crate::policy::Action::ALL.iter().map(|action| format!("Action::\"{action}\"")).collect();
+        let head = format!("(principal in Group::\"g\", action in [{}], resource)", all.join(", "));
+        assert!(problem(&format!("@id(\"x\") permit {head};")).contains("gives every action on everything"));
+    }
+
+    #[test]
+    fn names_that_nothing_bears_are_pointed_out() {
+        for (literal, said) in [
+            (
+                "resource in Environment::\"prodution\"",
+                "environment `prodution` is not declared; did you mean `production`?",
+            ),
+            (
+                "resource in Environment::\"Production\"",
+                "environment `Production` is not declared; did you mean `production`?",
+            ),
+            ("resource in Environment::\"elsewhere\"", "environment `elsewhere` is not declared"),
+            ("resource == Secret::\"elsewhere:database\"", "environment `elsewhere` is not declared"),
+            ("resource == Secret::\"database\"", "write Secret::\"environment:name\""),
+        ] {
+            let warned = warnings(&format!(
+                "@id(\"x\") permit (principal in Group::\"g\", action == Action::\"read\", {literal});"
+            ));
+            assert_eq!(warned.len(), 1, "{warned:?}");
+            assert!(
+                warned[0].starts_with("a.cedar:1:1, policy `x`: ") && warned[0].contains(said),
+                "{warned:?}"
+            );
+        }
+        let warned = warnings(&OK.replace("\"g\"", "\"g \""));
+        assert!(warned[0].contains("Group::\"g \" has a space at its end"), "{warned:?}");
+    }
+}

@@ -157,3 +157,103 @@ impl Side {
         own.into_iter().flatten().chain(above).collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::LazyLock;
+
+    use cedar_policy::{PolicyId, Schema};
+
+    use super::*;
+    use crate::policy::SHIPPED;
+
+    static VOCABULARY: LazyLock<Vocabulary> = LazyLock::new(|| {
+        let schema = SHIPPED.iter().find(|(name, _)| *name == "schema.cedarschema").unwrap().1;
+        Vocabulary::of(&Schema::from_cedarschema_str(schema).unwrap().0).unwrap()
+    });
+
+    fn scope(head: &str) -> Scope {
+        let policy = Policy::parse(Some(PolicyId::new("x")), format!("permit ({head});")).unwrap();
+        Scope::of(&policy, &VOCABULARY)
+    }
+
+    fn party(uid: &str, parents: &[&str]) -> Party {
+        let parents = parents.iter().map(|parent| parent.parse().unwrap()).collect();
+        Party { uid: uid.parse().unwrap(), parents }
+    }
+
+    fn ana() -> Party {
+        party("User::\"ana\"", &["Group::\"team\"", "Group::\"leads\""])
+    }
+
+    fn database() -> Party {
+        party("Secret::\"staging:database\"", &["Environment::\"staging\""])
+    }
+
+    #[test]
+    fn heads_fit_as_cedar_reads_them() {
+        for (head, fits) in [
+            ("principal, action, resource", true),
+            ("principal is User, action, resource is Secret", true),
+            ("principal is Workload, action, resource", false),
+            ("principal == User::\"ana\", action, resource", true),
+            ("principal == User::\"Ana\", action, resource", false),
+            ("principal in User::\"ana\", action, resource", true),
+            ("principal in Group::\"leads\", action, resource", true),
+            ("principal in Group::\"leads \", action, resource", false),
+            ("principal == Group::\"leads\", action, resource", false),
+            ("principal is User in Group::\"team\", action, resource", true),
+            ("principal is Workload in Group::\"team\", action, resource", false),
+            ("principal, action == Action::\"read\", resource", true),
+            ("principal, action in Action::\"read\", resource", true),
+            ("principal, action in [Action::\"write\", Action::\"read\"], resource", true),
+            ("principal, action in [Action::\"write\", Action::\"list\"], resource", false),
+            ("principal, action, resource in Environment::\"staging\"", true),
+            ("principal, action, resource in Environment::\"production\"", false),
+            ("principal, action, resource == Environment::\"staging\"", false),
+            ("principal, action, resource is Environment in Environment::\"staging\"", false),
+            ("principal, action, resource == Secret::\"staging:database\"", true),
+            ("principal, action, resource == Secret::\"staging:databas\"", false),
+        ] {
+            assert_eq!(scope(head).fits(&ana(), Action::Read, &database()), fits, "{head}");
+        }
+    }
+
+    #[test]
+    fn the_index_finds_whatever_fits_and_looks_at_the_shorter_side() {
+        let heads: Vec<String> = (0..100)
+            .map(|number| {
+                format!(
+                    "principal in Group::\"g{number}\", action, resource in Environment::\"e{}\"",
+                    number % 10
+                )
+            })
+            .chain([
+                "principal in Group::\"team\", action, resource".to_owned(),
+                "principal, action, resource in Environment::\"e1\"".to_owned(),
+            ])
+            .collect();
+        let scopes: Vec<Scope> = heads.iter().map(|head| scope(head)).collect();
+        let mut index = Index::default();
+        for (number, scope) in (0..).zip(&scopes) {
+            index.insert(number, scope);
+        }
+        let found = |principal: &Party, resource: &Party| {
+            let mut found: Vec<u32> = index.candidates(principal, resource).collect();
+            found.sort_unstable();
+            found
+        };
+        let g7 = party("User::\"u\"", &["Group::\"g7\""]);
+        assert_eq!(found(&g7, &party("Environment::\"e7\"", &[])), [7, 101]);
+        assert_eq!(found(&ana(), &party("Environment::\"nowhere\"", &[])), [100]);
+        let everyone: Vec<String> = (0..100).map(|number| format!("Group::\"g{number}\"")).collect();
+        let everyone = party("User::\"u\"", &everyone.iter().map(String::as_str).collect::<Vec<_>>());
+        assert_eq!(found(&everyone, &party("Environment::\"e3\"", &[])).len(), 11);
+    }
+
+    #[test]
+    fn all_actions_are_all_actions() {
+        assert!(scope("principal, action, resource").all_actions());
+        assert!(!scope("principal, action == Action::\"read\", resource").all_actions());
+    }
+}

@@ -244,7 +244,6 @@ impl SecretValue {
     ///
     /// # Errors
     /// [`FieldError`], for the value as a whole.
-    #[expect(clippy::type_complexity, reason = "a map of results says what it is")]
     pub fn fields(&self) -> Result<BTreeMap<String, Result<Self, FieldError>>, FieldError> {
         Ok(self.members(None)?.found)
     }

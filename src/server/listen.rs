@@ -50,7 +50,7 @@ impl Listen {
 pub struct Bound {
     listener: Listener,
     address: String,
-    socket: Option<SocketFile>,
+    _socket: Option<SocketFile>,
 }
 
 #[derive(Debug)]
@@ -219,7 +219,7 @@ async fn bind_unix(path: &Path, mode: u32) -> Result<Bound, ServerError> {
         .map_err(|error| refuse(format!("mode {mode:o}: {error}")))?;
     let inode = std::fs::symlink_metadata(path).map_err(|error| refuse(error.to_string()))?.ino();
     let socket = Some(SocketFile { path: path.to_owned(), inode });
-    Ok(Bound { listener: Listener::Unix(listener), address, socket })
+    Ok(Bound { listener: Listener::Unix(listener), address, _socket: socket })
 }
 
 async fn bind_tcp(address: SocketAddr) -> Result<Bound, ServerError> {
@@ -230,7 +230,7 @@ async fn bind_tcp(address: SocketAddr) -> Result<Bound, ServerError> {
     }
     let listener = TcpListener::bind(address).await.map_err(|error| refuse(error.to_string()))?;
     let taken = listener.local_addr().map_err(|error| refuse(error.to_string()))?;
-    Ok(Bound { listener: Listener::Tcp(listener), address: format!("http://{taken}"), socket: None })
+    Ok(Bound { listener: Listener::Tcp(listener), address: format!("http://{taken}"), _socket: None })
 }
 
 #[cfg(test)]

@@ -106,7 +106,8 @@ pub async fn serve(
     Ok(())
 }
 
-async fn told(mut shutdown: watch::Receiver<bool>) {
+/// Waits until `shutdown` says true.
+pub(crate) async fn told(mut shutdown: watch::Receiver<bool>) {
     // An error means that nobody is left who could say it: the same as being told.
     let _ = shutdown.wait_for(|stop| *stop).await;
 }

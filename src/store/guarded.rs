@@ -232,7 +232,7 @@ mod tests {
     use crate::clock::SystemClock;
     use crate::environment::{Environment, Registry};
     use crate::error::{Reason, Reasoned as _};
-    use crate::identity::Principal;
+    use crate::identity::{Principal, PrincipalKind, Proof};
     use crate::policy::{Context, Policies, PolicySource};
     use crate::secret::{SecretValue, Version};
 
@@ -355,7 +355,10 @@ mod tests {
         }
 
         fn grant(&self, action: Action, resource: Resource) -> Grant {
-            let principal = Arc::new(Principal::internal("tests", ["administrators"]));
+            let groups = ["administrators".to_owned()].into();
+            let proof = Proof { method: "token", detail: String::new() };
+            // A person: no workload may approve.
+            let principal = Arc::new(Principal::new(PrincipalKind::User, "tests", groups, BTreeMap::new(), proof));
             self.policies.authorize(&principal, action, &resource, &Context::default()).unwrap()
         }
 
@@ -451,7 +454,7 @@ mod tests {
         let grant = house.secret(Action::Rollback, "development", "a");
         house.guarded.rollback(&grant, None, None).await.unwrap();
         let moved = format!("move AWSCURRENT: Some({:?}) to Some({:?})", number(2), number(1));
-        assert_eq!(house.asked(), ["describe development:a", &moved]);
+        assert_eq!(house.asked(), ["describe development:a", moved.as_str()]);
         house.guarded.rollback(&grant, Some(number(1)), Some(number(2))).await.unwrap();
         assert_eq!(house.asked(), [moved.as_str()]);
     }

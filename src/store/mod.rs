@@ -251,6 +251,9 @@ pub enum StoreError {
     /// The data was sealed under another root key.
     #[error("{0}")]
     WrongKey(String),
+    /// What lies below the store failed while it was opened, before any environment was concerned.
+    #[error("the store can't be opened: {0}")]
+    NotOpened(String),
 }
 
 impl Reasoned for StoreError {
@@ -270,6 +273,7 @@ impl Reasoned for StoreError {
             Self::Denied { .. } => Reason::StoreDenied,
             Self::Tampered { .. } => Reason::Tampered,
             Self::WrongKey(_) => Reason::WrongKey,
+            Self::NotOpened(_) => Reason::StoreUnavailable,
         }
     }
 }

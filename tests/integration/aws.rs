@@ -69,7 +69,7 @@ impl Bench {
         Ok(written.changed)
     }
 
-    /// Writes what no put can: an answer of AWS with this error.
+    /// An answer of AWS that is this error.
     fn refusal(code: &str, message: &str) -> Mode {
         Mode::Answer(400, json!({"__type": code, "Message": message}).to_string())
     }
@@ -109,7 +109,7 @@ async fn what_does_not_pass_is_said_and_by_its_kind() {
         (Mode::Deny, Reason::StoreDenied, 1),
         (Bench::refusal("UnrecognizedClientException", "no such key"), Reason::StoreDenied, 1),
         (Bench::refusal("DecryptionFailure", "the key is disabled"), Reason::StoreDenied, 1),
-        (Bench::refusal("LimitExceededException", "too much"), Reason::LimitExceeded, 1),
+        (Bench::refusal("LimitExceededException", "too much"), Reason::LimitExceeded, 3),
         (Bench::refusal("InvalidParameterException", "what?"), Reason::InvalidArgument, 1),
         (Mode::Answer(200, "{\"Name\": 5".to_owned()), Reason::StoreUnavailable, 1),
     ] {

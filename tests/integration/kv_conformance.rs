@@ -209,7 +209,7 @@ async fn a_range_comes_in_pages(fixture: &impl Fixture) {
     write(&kv, names.iter().map(|name| Write::put(name.as_str(), "v"))).await;
     write(&kv, [Write::put("o", "before"), Write::put("q", "behind")]).await;
     for limit in [1, 7, 24, 25, 26] {
-        let (mut found, mut after) = (Vec::new(), Vec::new());
+        let (mut found, mut after): (Vec<String>, Vec<u8>) = (Vec::new(), Vec::new());
         loop {
             let page = kv.range(b"p/", &after, limit).await.unwrap();
             assert!(page.entries.len() == limit || !page.more, "a page is full where more follow");

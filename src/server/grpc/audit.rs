@@ -136,21 +136,21 @@ fn in_view(line: &str, view: &AuditView) -> bool {
 }
 
 fn report(report: Report) -> v1::VerifyResponse {
-    let chains = report.chains.into_iter().map(|chain| v1::Chain {
-        instance: chain.instance,
-        first_sequence: chain.first_sequence,
-        last_sequence: chain.last_sequence,
-        last_hash: chain.last_hash,
-        checkpoints: chain.checkpoints,
+    let chains = report.instances.into_iter().map(|chain| v1::Chain {
         unanchored: chain.unanchored,
+        first_sequence: chain.first.unwrap_or_default(),
+        last_sequence: chain.last.unwrap_or_default(),
+        last_hash: chain.last_hash.map(|hash| hash.to_string()).unwrap_or_default(),
+        checkpoints: chain.checkpoints,
         clean_shutdown: chain.clean_shutdown,
+        instance: chain.instance,
     });
     let findings = report.findings.into_iter().map(|finding| v1::Finding {
-        file: finding.file.clone(),
+        file: finding.file,
         line: finding.line,
-        sequence: finding.sequence,
+        sequence: finding.sequence.unwrap_or_default(),
         kind: finding.kind.as_str().to_owned(),
-        message: finding.message.clone(),
+        message: finding.message,
     });
     v1::VerifyResponse { chains: chains.collect(), findings: findings.collect() }
 }

@@ -14,7 +14,7 @@ use tower::{Layer, Service};
 
 use super::status::status;
 use crate::broker::{Broker, BrokerError, Call};
-use crate::error::{Reason, Reasoned};
+use crate::error::Reason;
 use crate::identity::{Chain, IdentityError, Presented, Principal, SourceAddress};
 use crate::secret::SecretValue;
 use crate::server::Limits;
@@ -58,10 +58,12 @@ impl Door {
     }
 
     /// Who is calling; a caller whom nobody knows is on record before they hear so.
-    async fn caller(&self, request: &Request<Body>, request_id: Arc<str>) -> Result<Caller, Status> {
-        let connection = request.extensions().get::<ConnectionInfo>();
-        let source_address = connection.map_or(SourceAddress::Internal, |connection| connection.source.clone());
-        let presented = presented(request, connection);
+    async fn caller(
+        &self,
+        presented: Result<Presented, IdentityError>,
+        source_address: SourceAddress,
+        request_id: Arc<str>,
+    ) -> Result<Caller, Status> {
         let known = match presented {
             Ok(presented) => self.identity.authenticate(&presented).await,
             Err(error) => Err(error),
@@ -82,8 +84,8 @@ impl Door {
 
 /// Reads what the caller presents. A header that is there but is not a bearer token is an invalid credential, not
 /// none.
-fn presented(request: &Request<Body>, connection: Option<&ConnectionInfo>) -> Result<Presented, IdentityError> {
-    let peer = connection.and_then(|connection| connection.peer);
+fn presented(request: &Request<Body>) -> Result<Presented, IdentityError> {
+    let peer = request.extensions().get::<ConnectionInfo>().and_then(|connection| connection.peer);
     let Some(header) = request.headers().get(http::header::AUTHORIZATION) else {
         return Ok(Presented { peer, bearer: None });
     };
@@ -139,8 +141,11 @@ where
                 Ok(deadline) => deadline,
                 Err(error) => return Ok(refused(&status(&error, &request_id), &request_id)),
             };
+            let presented = presented(&request);
+            let connection = request.extensions().get::<ConnectionInfo>();
+            let source = connection.map_or(SourceAddress::Internal, |connection| connection.source.clone());
             let served = async {
-                match door.caller(&request, Arc::clone(&request_id)).await {
+                match door.caller(presented, source, Arc::clone(&request_id)).await {
                     Ok(caller) => {
                         request.extensions_mut().insert(caller);
                         inner.call(request).await
@@ -220,6 +225,7 @@ fn named(mut response: Response<Body>, request_id: &str) -> Response<Body> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Reasoned as _;
 
     #[test]
     fn timeouts_follow_the_protocol() {

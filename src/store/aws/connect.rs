@@ -47,7 +47,8 @@ pub struct Bounds {
     pub operation: Duration,
     /// Attempts in all; at least 1, default 3.
     pub attempts: u32,
-    /// The first pause is a random part of this, and each further one may be twice as long. Default 200 ms.
+    /// After AWS asked to slow down, the first pause is a random part of this, and each further one of twice as much;
+    /// after other faults the SDK has shorter ones of its own. Default 200 ms.
     pub backoff: Duration,
 }
 

@@ -164,7 +164,7 @@ impl Aws {
 
     /// AWS's filter knows nothing of what follows a name, and is not relied on for the rest.
     fn listed(&self, entry: SecretListEntry, request: &ListRequest) -> Option<Listed> {
-        let name = self.names.from_aws(entry.name.as_deref()?)?;
+        let name = self.names.secret_called(entry.name.as_deref()?)?;
         let deletion_at = timestamp(entry.deleted_date);
         if !name.as_str().starts_with(&request.prefix) || (deletion_at.is_some() && !request.include_deleted)
         {

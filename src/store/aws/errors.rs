@@ -22,6 +22,7 @@ use crate::store::StoreError;
 const CREDENTIALS_CHAIN: &str = "environment variables, shared profile, web identity token, container endpoint, \
                                  instance metadata";
 const LONGEST_CAUSE: usize = 300;
+const UNREADABLE: &str = "its answer can't be read";
 
 /// The broker's own credentials are missing, expired or wrong: no call will do better.
 const CREDENTIALS: &[&str] = &[
@@ -46,7 +47,8 @@ const CREDENTIALS: &[&str] = &[
 const DENIED: &[&str] =
     &["AccessDenied", "AccessDeniedException", "DecryptionFailure", "EncryptionFailure", "NotAuthorized"];
 
-/// Too many calls just now. `LimitExceededException` is not one: it is a quota, and waiting does not lift it.
+/// Too many calls just now. `LimitExceededException`, which the SDK tries again as well, is a quota of Secrets Manager
+/// that no waiting lifts.
 const THROTTLED: &[&str] = &[
     "BandwidthLimitExceeded",
     "PriorRequestNotComplete",
@@ -104,13 +106,16 @@ where
 {
     fn from(error: SdkError<E>) -> Self {
         match &error {
+            // What could not be read may hold a value, so nothing of it is repeated.
+            SdkError::ResponseError(_) => Self::unavailable(UNREADABLE),
+            SdkError::ServiceError(service) if service.raw().status().is_success() => {
+                Self::unavailable(UNREADABLE)
+            }
             SdkError::ServiceError(service) => {
                 let said = service.err();
                 Self::of_code(said.code(), said.message(), Some(service.raw().status().as_u16()))
             }
             SdkError::TimeoutError(_) => Self::unavailable("no answer within the time permitted"),
-            // The body that could not be read may hold a value, so nothing of it is repeated.
-            SdkError::ResponseError(_) => Self::unavailable("its answer can't be read"),
             SdkError::ConstructionFailure(_) => Self { kind: Kind::Refused, cause: causes(&error) },
             _ => Self::of_dispatch(&error),
         }

@@ -148,11 +148,11 @@ impl Store for Aws {
     }
 
     async fn delete(&self, id: &SecretId, window: RecoveryWindow) -> Result<Timestamp, StoreError> {
-        self.bury(id, window).await
+        self.delete_secret(id, window).await
     }
 
     async fn restore(&self, id: &SecretId) -> Result<(), StoreError> {
-        self.exhume(id).await
+        self.restore_secret(id).await
     }
 
     /// Needs the permission `secretsmanager:ListSecrets`.

@@ -80,7 +80,7 @@ impl Names {
     }
 
     /// Which secret of this environment AWS calls so; `None` where it is none of this environment's.
-    pub(super) fn from_aws(&self, name: &str) -> Option<SecretName> {
+    pub(super) fn secret_called(&self, name: &str) -> Option<SecretName> {
         let inner = name.strip_prefix(self.before.as_str())?.strip_suffix(self.after.as_str())?;
         SecretName::parse(inner).ok()
     }
@@ -129,7 +129,7 @@ mod tests {
             let names = names(template, "pr-1");
             let id = SecretId::parse("pr-1", "db/main").unwrap();
             assert_eq!(names.in_aws(&id).unwrap(), expected);
-            assert_eq!(names.from_aws(expected), Some(id.name));
+            assert_eq!(names.secret_called(expected), Some(id.name));
         }
     }
 
@@ -160,7 +160,7 @@ mod tests {
     fn names_of_others_are_not_ours() {
         let names = names(DEFAULT_TEMPLATE, "pr-1");
         for foreign in ["pr-1", "pr-1/", "pr-12/db", "production/db", "db", "pr-1//db", "pr-1/a b"] {
-            assert_eq!(names.from_aws(foreign), None, "{foreign:?}");
+            assert_eq!(names.secret_called(foreign), None, "{foreign:?}");
         }
     }
 
@@ -183,8 +183,8 @@ mod tests {
             prop_assume!(one != other);
             let Ok(id) = SecretId::parse(&one, &name) else { return Ok(()) };
             let in_aws = names(template, &one).in_aws(&id).unwrap();
-            prop_assert_eq!(names(template, &one).from_aws(&in_aws), Some(id.name));
-            prop_assert_eq!(names(template, &other).from_aws(&in_aws), None);
+            prop_assert_eq!(names(template, &one).secret_called(&in_aws), Some(id.name));
+            prop_assert_eq!(names(template, &other).secret_called(&in_aws), None);
         }
     }
 }

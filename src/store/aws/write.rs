@@ -195,7 +195,11 @@ impl Aws {
     }
 
     /// Deletes a secret; it can be restored until the returned time.
-    pub(super) async fn bury(&self, id: &SecretId, window: RecoveryWindow) -> Result<Timestamp, StoreError> {
+    pub(super) async fn delete_secret(
+        &self,
+        id: &SecretId,
+        window: RecoveryWindow,
+    ) -> Result<Timestamp, StoreError> {
         if self.look(id).await?.deletion_at.is_some() {
             return Err(StoreError::SecretDeleted(id.clone()));
         }
@@ -215,7 +219,7 @@ impl Aws {
     }
 
     /// Brings a deleted secret back; one that is not deleted stays as it is.
-    pub(super) async fn exhume(&self, id: &SecretId) -> Result<(), StoreError> {
+    pub(super) async fn restore_secret(&self, id: &SecretId) -> Result<(), StoreError> {
         if self.look(id).await?.deletion_at.is_none() {
             return Ok(());
         }

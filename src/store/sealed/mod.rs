@@ -54,7 +54,6 @@ use super::{
 };
 use crate::clock::SharedClock;
 use crate::crypto::{CryptoError, Mac, RootKey, Slot};
-use crate::error::{Reason, Reasoned};
 use crate::kv::{Compare, Entry, Kv, KvError, Revision, Transaction, Write};
 use crate::secret::{EnvironmentName, LabelMove, SecretId, SecretName, SecretValue, Selector, VersionId};
 
@@ -62,32 +61,9 @@ use crate::secret::{EnvironmentName, LabelMove, SecretId, SecretName, SecretValu
 const ATTEMPTS: usize = 16;
 /// The most names of one list page.
 const MOST_LISTED: usize = 100;
+/// What a store can't do without.
+const STORES_OWN: &str = "the sealed store's own record, `sealed/meta`,";
 const DAY: Duration = Duration::from_secs(86_400);
-
-/// Why the store can't be opened.
-#[derive(Debug, Clone, thiserror::Error)]
-#[non_exhaustive]
-pub enum OpenError {
-    /// The layer below.
-    #[error(transparent)]
-    Kv(#[from] KvError),
-    /// The root key is another one ([`CryptoError::WrongKey`]), or gave no random bytes.
-    #[error("sealed store: {0}")]
-    Crypto(#[from] CryptoError),
-    /// The store's own record is missing or was changed.
-    #[error("sealed store: {0}; restore it from a backup")]
-    Tampered(&'static str),
-}
-
-impl Reasoned for OpenError {
-    fn reason(&self) -> Reason {
-        match self {
-            Self::Kv(error) => error.reason(),
-            Self::Crypto(error) => error.reason(),
-            Self::Tampered(_) => Reason::Tampered,
-        }
-    }
-}
 
 /// Envelope-encrypted secrets in a key-value store.
 pub struct Sealed {
@@ -104,13 +80,14 @@ impl Sealed {
     /// Opens the store in `kv`; makes it where there is none.
     ///
     /// # Errors
-    /// [`OpenError`], with [`Reason::WrongKey`] where it was made under another root key.
+    /// [`StoreError::WrongKey`] where it was made under another root key; [`StoreError::Tampered`] where its own
+    /// record is missing or was changed; [`StoreError::NotOpened`].
     pub async fn open(
         kv: Arc<dyn Kv>,
         root_key: Arc<RootKey>,
         clock: SharedClock,
-    ) -> Result<Self, OpenError> {
-        let meta = match kv.get(keys::META).await? {
+    ) -> Result<Self, StoreError> {
+        let meta = match kv.get(keys::META).await.map_err(not_opened)? {
             Some(entry) => open_meta(&root_key, &entry)?,
             None => create_meta(kv.as_ref(), &root_key).await?,
         };
@@ -307,34 +284,28 @@ impl Store for Sealed {
     }
 }
 
-fn open_meta(root_key: &RootKey, entry: &Entry) -> Result<Meta, OpenError> {
+fn open_meta(root_key: &RootKey, entry: &Entry) -> Result<Meta, StoreError> {
     Meta::open(root_key, &entry.value).map_err(|error| match error {
-        CryptoError::Tampered | CryptoError::Malformed => {
-            OpenError::Tampered("its own record `sealed/meta` fails authentication")
-        }
-        error => OpenError::Crypto(error),
+        CryptoError::WrongKey { .. } => StoreError::WrongKey(format!("sealed store: {error}")),
+        _ => tampered(STORES_OWN.to_owned()),
     })
 }
 
-async fn create_meta(kv: &dyn Kv, root_key: &RootKey) -> Result<Meta, OpenError> {
+async fn create_meta(kv: &dyn Kv, root_key: &RootKey) -> Result<Meta, StoreError> {
+    let (meta, stored) = Meta::create(root_key).map_err(not_opened)?;
     // A new integrity key would make what is there unreadable for good.
-    if !kv.range(keys::ALL, &[], 1).await?.entries.is_empty() {
-        return match kv.get(keys::META).await? {
-            Some(entry) => open_meta(root_key, &entry),
-            None => {
-                Err(OpenError::Tampered("its own record `sealed/meta` is missing, although there are others"))
-            }
-        };
+    let there = kv.range(keys::ALL, &[], 1).await.map_err(not_opened)?;
+    if there.entries.is_empty() {
+        let compare = vec![Compare::absent(keys::META)];
+        let write = vec![Write::put(keys::META, stored)];
+        if kv.commit(Transaction { compare, write }).await.map_err(not_opened)?.succeeded {
+            return Ok(meta);
+        }
     }
-    let (meta, stored) = Meta::create(root_key)?;
-    let compare = vec![Compare::absent(keys::META)];
-    let write = vec![Write::put(keys::META, stored)];
-    if kv.commit(Transaction { compare, write }).await?.succeeded {
-        return Ok(meta);
-    }
-    match kv.get(keys::META).await? {
+    // Another broker may have made the store meanwhile.
+    match kv.get(keys::META).await.map_err(not_opened)? {
         Some(entry) => open_meta(root_key, &entry),
-        None => Err(OpenError::Tampered("its own record `sealed/meta` came and went")),
+        None => Err(tampered(format!("{STORES_OWN} which is missing,"))),
     }
 }
 
@@ -368,6 +339,10 @@ fn tampered(what: String) -> StoreError {
 
 fn unavailable(environment: &EnvironmentName) -> impl FnOnce(KvError) -> StoreError {
     move |error| StoreError::Unavailable { environment: environment.clone(), cause: error.to_string() }
+}
+
+fn not_opened(error: impl fmt::Display) -> StoreError {
+    StoreError::NotOpened(error.to_string())
 }
 
 fn no_random_bytes(environment: &EnvironmentName, error: &CryptoError) -> StoreError {

@@ -3,6 +3,7 @@
 use super::*;
 use crate::clock::Clock as _;
 use crate::clock::{Clock, ManualClock};
+use crate::error::{Reason, Reasoned};
 use crate::kv::embedded::Embedded;
 use crate::secret::{ContentType, Label};
 use futures_util::future::join_all;
@@ -28,7 +29,7 @@ impl Machine {
         self.start_with(1).await.unwrap()
     }
 
-    async fn start_with(&self, key: u8) -> Result<Sealed, OpenError> {
+    async fn start_with(&self, key: u8) -> Result<Sealed, StoreError> {
         let root_key = Arc::new(RootKey::from_bytes(&[key; 32]).unwrap());
         Sealed::open(Arc::clone(&self.kv), root_key, self.clock.clone()).await
     }
