@@ -65,30 +65,33 @@ fn serve(what: &str) {
 /// Answers every read with the same bytes, and does nothing else.
 struct Echo(v1::GetSecretResponse);
 
-macro_rules! not_served {
+macro_rules! echo {
     ($($name:ident: $request:ident -> $response:ident),+ $(,)?) => {
-        $(async fn $name(&self, _: Request<v1::$request>) -> Result<Response<v1::$response>, Status> {
-            Err(Status::unimplemented("the echo only reads"))
-        })+
+        #[tonic::async_trait]
+        impl SecretService for Echo {
+            async fn get_secret(
+                &self,
+                _: Request<v1::GetSecretRequest>,
+            ) -> Result<Response<v1::GetSecretResponse>, Status> {
+                Ok(Response::new(self.0.clone()))
+            }
+
+            $(async fn $name(&self, _: Request<v1::$request>) -> Result<Response<v1::$response>, Status> {
+                Err(Status::unimplemented("the echo only reads"))
+            })+
+        }
     };
 }
 
-#[tonic::async_trait]
-impl SecretService for Echo {
-    async fn get_secret(&self, _: Request<v1::GetSecretRequest>) -> Result<Response<v1::GetSecretResponse>, Status> {
-        Ok(Response::new(self.0.clone()))
-    }
-
-    not_served! {
-        batch_get_secrets: BatchGetSecretsRequest -> BatchGetSecretsResponse,
-        list_secrets: ListSecretsRequest -> ListSecretsResponse,
-        describe_secret: DescribeSecretRequest -> DescribeSecretResponse,
-        put_secret: PutSecretRequest -> PutSecretResponse,
-        move_label: MoveLabelRequest -> MoveLabelResponse,
-        rollback_secret: RollbackSecretRequest -> RollbackSecretResponse,
-        delete_secret: DeleteSecretRequest -> DeleteSecretResponse,
-        restore_secret: RestoreSecretRequest -> RestoreSecretResponse,
-    }
+echo! {
+    batch_get_secrets: BatchGetSecretsRequest -> BatchGetSecretsResponse,
+    list_secrets: ListSecretsRequest -> ListSecretsResponse,
+    describe_secret: DescribeSecretRequest -> DescribeSecretResponse,
+    put_secret: PutSecretRequest -> PutSecretResponse,
+    move_label: MoveLabelRequest -> MoveLabelResponse,
+    rollback_secret: RollbackSecretRequest -> RollbackSecretResponse,
+    delete_secret: DeleteSecretRequest -> DeleteSecretResponse,
+    restore_secret: RestoreSecretRequest -> RestoreSecretResponse,
 }
 
 async fn serve_echo() {
@@ -228,9 +231,12 @@ fn compare(arguments: &[String]) {
         .map_or(4, |at| arguments[at + 1].parse().expect("--seconds takes a number"));
     pin(1);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let (echo, durable, relaxed) = (Server::start("echo"), Server::start("durable"), Server::start("relaxed"));
+    let (echo, durable, relaxed) =
+        (Server::start("echo"), Server::start("durable"), Server::start("relaxed"));
     let window = Duration::from_secs(seconds);
-    println!("cached read of {VALUE} bytes, policy and audit on, as a ratio to the bare echo of the same run");
+    println!(
+        "cached read of {VALUE} bytes, policy and audit on, as a ratio to the bare echo of the same run"
+    );
     println!("| row | echo/s | broker/s | ratio | target |");
     println!("|---|---|---|---|---|");
     for (row, server, connections, streams, target) in [
@@ -254,7 +260,11 @@ fn compare(arguments: &[String]) {
         println!("| p99 at 10,000/s, 16 connections, {row} | {bare:?} | {ours:?} | {ratio:.2} | {target} |");
     }
     let mib = |kib: u64| kib as f64 / 1024.0;
-    println!("memory at start: echo {:.1} MiB, broker {:.1} MiB", mib(echo.memory_at_start_kib), mib(durable.memory_at_start_kib));
+    println!(
+        "memory at start: echo {:.1} MiB, broker {:.1} MiB",
+        mib(echo.memory_at_start_kib),
+        mib(durable.memory_at_start_kib)
+    );
 }
 
 /// Answers per second of a closed loop, `connections` × `streams` in flight.

@@ -5,8 +5,28 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 const ORDER: [&str; 22] = [
-    "error", "telemetry", "secret", "clock", "crypto", "kv", "environment", "identity", "approval", "policy", "audit",
-    "store", "cache", "broker", "rotation", "proto", "client", "inject", "server", "config", "cli", "main",
+    "error",
+    "telemetry",
+    "secret",
+    "clock",
+    "crypto",
+    "kv",
+    "environment",
+    "identity",
+    "approval",
+    "policy",
+    "audit",
+    "store",
+    "cache",
+    "broker",
+    "rotation",
+    "proto",
+    "client",
+    "inject",
+    "server",
+    "config",
+    "cli",
+    "main",
 ];
 
 fn files_below(folder: &Path, found: &mut Vec<PathBuf>) {
@@ -40,7 +60,8 @@ fn uses(text: &str, root: &str) -> Vec<(String, usize)> {
                 None => vec![rest],
             };
             for name in names {
-                let name: String = name.chars().take_while(|c| c.is_ascii_alphanumeric() || *c == '_').collect();
+                let name: String =
+                    name.chars().take_while(|c| c.is_ascii_alphanumeric() || *c == '_').collect();
                 if !name.is_empty() {
                     found.push((name, index + 1));
                 }
@@ -66,7 +87,10 @@ fn violations(sources: &BTreeMap<PathBuf, (String, String)>) -> Vec<String> {
         for (used, line) in uses(text, root) {
             match rank(&used) {
                 Some(there) if there <= here => {}
-                Some(_) => found.push(format!("{}:{line}: `{module}` uses `{used}`, which is to its right", path.display())),
+                Some(_) => found.push(format!(
+                    "{}:{line}: `{module}` uses `{used}`, which is to its right",
+                    path.display()
+                )),
                 None => found.push(format!("{}:{line}: `{used}` has no place in the order", path.display())),
             }
         }

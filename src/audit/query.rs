@@ -192,7 +192,7 @@ fn search_segment(path: &Path, query: &Query, limit: usize, skipped: &mut u64) -
 }
 
 fn record<'a>(chunk: &Chunk<'a>) -> Option<(Timestamp, Frame<'a>, &'a str)> {
-    let Chunk::Line(line) = chunk else { return None };
+    let Chunk::Line(line) = *chunk else { return None };
     let frame = Frame::parse(line)?;
     Some((frame.timestamp()?, frame, std::str::from_utf8(line).ok()?))
 }

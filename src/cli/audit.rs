@@ -101,8 +101,8 @@ pub(super) async fn run(command: Command, context: &Context) -> Result<Exit, Cli
 
 async fn tail(args: TailArgs, context: &Context) -> Result<Exit, CliError> {
     let request = v1::TailRequest { environment: view(args.all, context)? };
-    let answer = connect(context).await?.audit_without_deadline().tail(request).await.map_err(ClientError::from)?;
-    let mut lines = answer.into_inner();
+    let mut client = connect(context).await?.audit_without_deadline();
+    let mut lines = client.tail(request).await.map_err(ClientError::from)?.into_inner();
     while let Some(next) = lines.message().await.map_err(ClientError::from)? {
         if next.skipped > 0 {
             context.output.notice(&format!("{} records were left out: reading was too slow", next.skipped));

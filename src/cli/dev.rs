@@ -147,8 +147,8 @@ async fn command(args: &Args, place: &Place, context: &Context) -> Result<Exit, 
         Some(path) => Manifest::load(path)?,
         None => Manifest::parse(SAMPLE_MANIFEST, "the sample manifest")?,
     };
-    let mut connection = Connection::open(&Address::Unix(place.socket.clone()), None, context.global.timeout).await?;
-    let variables = exec::variables(&mut connection, Some(&manifest), &environment, context).await?;
+    let connection = Connection::open(&Address::Unix(place.socket.clone()), None, context.global.timeout).await?;
+    let variables = exec::variables(&connection, Some(&manifest), &environment, context).await?;
     drop(connection);
     let address = format!("unix://{}", absolute(&place.socket));
     let parent = context

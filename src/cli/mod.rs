@@ -30,10 +30,12 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{Parser as _, Subcommand};
+use clap::Parser as _;
+use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 
 use crate::client::LONGEST_DEADLINE;
 use crate::clock::{SharedClock, SystemClock, parse_duration};
+use crate::crypto::memory::harden_process;
 use crate::error::{Reason, Reasoned as _};
 use crate::secret::EnvironmentName;
 
@@ -55,6 +57,7 @@ pub fn run(
                 clock: SystemClock::shared(),
                 global: cli.global,
             };
+            harden(&cli.command).iter().for_each(|shortfall| context.output.notice(shortfall));
             (context.output, carry_out(cli.command, &context))
         }
         Err(error) => {
@@ -68,6 +71,19 @@ pub fn run(
         error.exit()
     })
     .into()
+}
+
+/// Before the first secret is read: no core dump, no debugger of the same user. What `exec` becomes must not inherit a
+/// limit that it did not ask for; that the process is not dumpable ends with execve by itself.
+fn harden(command: &Command) -> Vec<String> {
+    match command {
+        Command::Exec(_) => set_dumpable_behavior(DumpableBehavior::NotDumpable)
+            .err()
+            .map(|error| format!("the process stays dumpable (PR_SET_DUMPABLE: {error})"))
+            .into_iter()
+            .collect(),
+        _ => harden_process(),
+    }
 }
 
 fn carry_out(command: Command, context: &Context) -> Result<Exit, CliError> {
@@ -105,9 +121,10 @@ async fn dispatch(command: Command, context: &Context) -> Result<Exit, CliError>
 const ENDINGS: &str = "Exit codes: 0 done, 2 usage, 3 denied, 4 not found, 5 unavailable, 6 conflict, 7 approval needed, \
                        1 anything else. `exec` ends as its command does; 125, 126 and 127 say that it did not run.";
 
-/// Keeps secrets, and says who may have them.
+const ABOUT: &str = "A secrets broker: secrets per environment, under policy, with a tamper-evident audit log";
+
 #[derive(clap::Parser)]
-#[command(name = "claviger", version, about, long_about = None, max_term_width = 100, after_help = ENDINGS)]
+#[command(name = "claviger", version, about = ABOUT, max_term_width = 100, after_help = ENDINGS)]
 struct Cli {
     #[command(flatten)]
     global: Global,
@@ -120,7 +137,7 @@ struct Cli {
 #[command(next_help_heading = "Global options")]
 pub(crate) struct Global {
     /// Environment; else CLAVIGER_ENV. There is no default
-    #[arg(short, long, value_name = "ENV", global = true)]
+    #[arg(short, long, alias = "environment", value_name = "ENV", global = true)]
     pub(crate) env: Option<EnvironmentName>,
     /// Broker: unix:///path or http:// on loopback; else CLAVIGER_ADDR, else this machine's socket
     #[arg(short, long, value_name = "ADDRESS", global = true)]
@@ -139,7 +156,7 @@ pub(crate) struct Global {
     pub(crate) timeout: Duration,
 }
 
-#[derive(Subcommand)]
+#[derive(clap::Subcommand)]
 enum Command {
     /// Print a secret's value, or one field of it, and nothing else
     Get(get::Args),

@@ -19,13 +19,11 @@ use zeroize::Zeroizing;
 use super::exit::CliError;
 use crate::error::Reason;
 
-/// How answers and errors are written.
+/// How answers and errors are written: for people, or stable for programs. (What stood on a variant would be help.)
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub(crate) enum Format {
-    /// For people.
     #[default]
     Text,
-    /// For programs: stable.
     Json,
 }
 

@@ -195,9 +195,9 @@ impl DeclaredArgs {
 
 async fn explain(args: ExplainArgs, context: &Context) -> Result<Exit, CliError> {
     let resource = args.resource(context)?;
-    let explained = match &args.folder {
-        Some(_) => explain_files(args, &resource, context)?,
-        None => ask(args, &resource, context).await?,
+    let explained = match args.folder.is_some() {
+        true => explain_files(args, &resource, context)?,
+        false => ask(args, &resource, context).await?,
     };
     context.output.answer(&explained, || explained.text())?;
     Ok(Exit::DONE)

@@ -19,7 +19,7 @@ use super::{CliError, Context, Exit, without_newline};
 use crate::client::{self, ClientError};
 use crate::error::Reason;
 use crate::proto::v1;
-use crate::secret::{ContentType, Label, MAX_VALUE_BYTES, SecretName, SecretValue, ValueError, VersionId};
+use crate::secret::{Label, MAX_VALUE_BYTES, SecretName, SecretValue, VersionId};
 
 /// What `put` takes.
 #[derive(clap::Args)]
@@ -32,7 +32,7 @@ pub(super) struct Args {
     /// Leave out one newline at the end of the value
     #[arg(long)]
     trim: bool,
-    /// Store the value as bytes, not as text
+    /// Store the value as bytes; else it is text where it is UTF-8
     #[arg(long)]
     binary: bool,
     /// The value is meant to be empty
@@ -166,13 +166,10 @@ fn checked(bytes: &[u8], from_stdin: bool, args: &Args) -> Result<(SecretValue, 
     if stored.is_empty() && !args.allow_empty {
         return Err(CliError::new(Reason::ValueEmpty, "the value is empty; say --allow-empty where that is meant"));
     }
-    let content_type = if args.binary { ContentType::Binary } else { ContentType::Text };
-    let value = SecretValue::new(stored.to_vec(), content_type).map_err(|error| match error {
-        ValueError::NotUtf8 { position } => {
-            CliError::new(Reason::InvalidValue, format!("the value is not UTF-8 at byte {position}; say --binary to store bytes"))
-        }
-        other => other.into(),
-    })?;
+    let value = match args.binary {
+        true => SecretValue::binary(stored.to_vec())?,
+        false => SecretValue::sniff(stored.to_vec())?,
+    };
     let mut notices = Vec::new();
     if from_stdin && ends_one_line(stored) {
         notices.push("the value ends with a newline, which is stored too; say --trim to leave it out");
@@ -197,6 +194,7 @@ fn is_placeholder(value: &SecretValue, name: &SecretName) -> bool {
 mod tests {
     use super::super::tests::{context, refusal};
     use super::*;
+    use crate::secret::ContentType;
 
     fn args() -> Args {
         Args {
@@ -237,15 +235,21 @@ mod tests {
     }
 
     #[test]
-    fn empty_too_large_and_not_text_are_told_apart() {
+    fn empty_and_too_large_are_told_apart() {
         let reason = |bytes: &[u8], args: &Args| checked(bytes, true, args).err().unwrap().reason.unwrap();
         assert_eq!(reason(b"", &args()), Reason::ValueEmpty);
         assert_eq!(reason(b"\n", &Args { trim: true, ..args() }), Reason::ValueEmpty);
         assert_eq!(reason(&vec![b'x'; MAX_VALUE_BYTES + 1], &args()), Reason::ValueTooLarge);
-        assert_eq!(reason(b"a\xff", &args()), Reason::InvalidValue);
         assert!(checked(b"", true, &Args { allow_empty: true, ..args() }).is_ok());
-        assert_eq!(stored(b"a\xff", &Args { binary: true, ..args() }).0, b"a\xff");
         assert_eq!(stored(&vec![b'x'; MAX_VALUE_BYTES], &args()).0.len(), MAX_VALUE_BYTES);
+    }
+
+    #[test]
+    fn bytes_are_text_where_they_can_be_and_nobody_said_otherwise() {
+        let kind = |bytes: &[u8], args: &Args| checked(bytes, true, args).unwrap().0.content_type();
+        assert_eq!(kind(b"a", &args()), ContentType::Text);
+        assert_eq!(kind(b"a\xff", &args()), ContentType::Binary);
+        assert_eq!(kind(b"a", &Args { binary: true, ..args() }), ContentType::Binary);
     }
 
     #[test]

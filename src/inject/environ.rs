@@ -195,7 +195,8 @@ mod tests {
 
     /// Each name with one value.
     fn variables(names: &[&str], value: &str) -> Variables {
-        let entries: String = names.iter().map(|name| format!("{name} = {{ ref = \"a\", allow_empty = true }}\n")).collect();
+        let entries: String =
+            names.iter().map(|name| format!("{name} = {{ ref = \"a\", allow_empty = true }}\n")).collect();
         let environment = EnvironmentName::parse("staging").unwrap();
         let declared = match Manifest::parse(&format!("[env]\n{entries}"), "m") {
             Ok(manifest) => manifest.variables_for(&environment),
@@ -234,7 +235,10 @@ mod tests {
         assert_eq!(
             pairs(&environment),
             [
-                ("A", "a"), ("CLAVIGERX", "mine"), ("CLAVIGER_ADDR", "unix:///s"), ("CLAVIGER_ENV", "staging"),
+                ("A", "a"),
+                ("CLAVIGERX", "mine"),
+                ("CLAVIGER_ADDR", "unix:///s"),
+                ("CLAVIGER_ENV", "staging"),
                 ("PATH", "/bin"),
             ]
         );
@@ -244,8 +248,13 @@ mod tests {
     #[test]
     fn a_pristine_environment_keeps_the_listed_names_only() {
         let entries = [
-            ("PATH", "/bin"), ("HOME", "/root"), ("LC_ALL", "C"), ("AWS_SECRET_ACCESS_KEY", CANARY),
-            ("CLAVIGER_ENV", "staging"), ("LD_PRELOAD", "/x.so"), ("TZ", "UTC"),
+            ("PATH", "/bin"),
+            ("HOME", "/root"),
+            ("LC_ALL", "C"),
+            ("AWS_SECRET_ACCESS_KEY", CANARY),
+            ("CLAVIGER_ENV", "staging"),
+            ("LD_PRELOAD", "/x.so"),
+            ("TZ", "UTC"),
         ];
         let options = Options { pristine: true, ..Options::default() };
         let (environment, _) = composed(&entries, &variables(&["A"], "a"), options);
@@ -275,8 +284,7 @@ mod tests {
     fn what_is_not_unicode_is_handed_down_untouched() {
         let odd = (OsString::from("ODD"), OsStr::from_bytes(b"\xff\xfe").to_owned());
         let function = (OsString::from("BASH_FUNC_f%%"), OsString::from("() { :; }"));
-        let (environment, _) =
-            compose([odd, function], &variables(&[], ""), Options::default()).unwrap();
+        let (environment, _) = compose([odd, function], &variables(&[], ""), Options::default()).unwrap();
         let found: Vec<_> = environment.expose().map(|(_, value)| value.as_bytes()).collect();
         assert_eq!(found, [&b"() { :; }"[..], b"\xff\xfe"]);
     }
@@ -309,14 +317,20 @@ mod tests {
         assert!(error.to_string().starts_with("variable `BIG` is 101 bytes long"), "{error}");
         assert_eq!(fits(1, &["c", &"y".repeat(99)]), Ok(()));
         let error = fits(1, &["c", &"y".repeat(100)]).unwrap_err().to_string();
-        assert!(error.starts_with("argument 1 of the command is 101 bytes long") && !error.contains("yy"), "{error}");
+        assert!(
+            error.starts_with("argument 1 of the command is 101 bytes long") && !error.contains("yy"),
+            "{error}"
+        );
     }
 
     #[test]
     fn too_much_in_all_names_the_largest() {
         let value = CANARY.repeat(10);
-        let (environment, _) =
-            composed(&[("P", "small"), ("Q", "larger")], &variables(&["S1", "S2"], &value), Options::default());
+        let (environment, _) = composed(
+            &[("P", "small"), ("Q", "larger")],
+            &variables(&["S1", "S2"], &value),
+            Options::default(),
+        );
         // Four strings: 2 × (2 + 110 + 2), 1 + 5 + 2, 1 + 6 + 2; one argument of 4; five pointers.
         let size = 2 * 114 + 8 + 9 + 4 + 5 * size_of::<usize>();
         let command = [OsString::from("run")];
@@ -334,8 +348,7 @@ mod tests {
 
     #[test]
     fn debug_shows_names_only() {
-        let (environment, _) =
-            composed(&[("P", CANARY)], &variables(&["S"], CANARY), Options::default());
+        let (environment, _) = composed(&[("P", CANARY)], &variables(&["S"], CANARY), Options::default());
         assert_eq!(format!("{environment:?}"), r#"{"P", "S"}"#);
     }
 

@@ -120,7 +120,8 @@ fn prepared<'c>(
 
 fn refusal(program: &OsStr, path: Option<&OsStr>, error: &io::Error) -> ExecError {
     let shown = quoted(&program.to_string_lossy());
-    let not_startable = |problem: &str| ExecError::NotStartable { program: shown.clone(), problem: problem.to_owned() };
+    let not_startable =
+        |problem: &str| ExecError::NotStartable { program: shown.clone(), problem: problem.to_owned() };
     match error.kind() {
         io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
             ExecError::NotFound { program: shown, problem: whereabouts(program, path) }
@@ -145,7 +146,9 @@ fn whereabouts(program: &OsStr, path: Option<&OsStr>) -> &'static str {
         path.is_some_and(|path| std::env::split_paths(path).any(|folder| folder.join(program).is_file()))
     };
     match (is_there, is_path) {
-        (true, _) => "is there, but the interpreter of its first line or its dynamic loader is not; install that",
+        (true, _) => {
+            "is there, but the interpreter of its first line or its dynamic loader is not; install that"
+        }
         (false, true) => "is not there; correct the path",
         (false, false) => "is not found along PATH; correct the name or give its path",
     }
@@ -168,7 +171,8 @@ mod tests {
     // `replace` is run for real in tests/integration/inject.rs, by a process that may be replaced. Here it may not get
     // as far as execve: even where that fails it would leave SIGPIPE at its default for every other test.
     fn run(words: &[&str]) -> Result<u8, ExecError> {
-        spawn(&command(words), environment("/usr/bin:/bin")).map(|mut child| exit_code_of(child.wait().unwrap()))
+        spawn(&command(words), environment("/usr/bin:/bin"))
+            .map(|mut child| exit_code_of(child.wait().unwrap()))
     }
 
     #[test]
@@ -181,12 +185,15 @@ mod tests {
 
     #[test]
     fn what_is_not_found_is_127() {
-        for words in [&["no-such-command-5f3a"][..], &["/no/such/file"], &["/etc/passwd/x"], &[""]] {
-            let error = run(words).unwrap_err();
+        for word in ["no-such-command-5f3a", "/no/such/file", "/etc/passwd/x", ""] {
+            let error = run(&[word]).unwrap_err();
             assert_eq!(error.exit_code(), 127, "{error}");
         }
         let error = run(&["no-such\n5f3a"]).unwrap_err().to_string();
-        assert_eq!(error, r"command `no-such\n5f3a` is not found along PATH; correct the name or give its path");
+        assert_eq!(
+            error,
+            r"command `no-such\n5f3a` is not found along PATH; correct the name or give its path"
+        );
     }
 
     #[test]
@@ -194,7 +201,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let plain = folder.path().join("plain");
         std::fs::write(&plain, "text").unwrap();
-        for (path, expected) in [(folder.path(), "it is a directory"), (plain.as_path(), "permission denied")] {
+        for (path, expected) in [(folder.path(), "it is a directory"), (plain.as_path(), "permission denied")]
+        {
             let words = [path.to_str().unwrap()];
             let error = run(&words).unwrap_err();
             assert_eq!(error.exit_code(), 126, "{error}");

@@ -137,10 +137,16 @@ impl fmt::Display for Notice {
                 write!(f, "{variable} holds a placeholder (its own name, or `changeme`); put a real value")
             }
             Self::Overridden { variable } => {
-                write!(f, "{variable} is set in the calling environment to another value; the secret replaces it")
+                write!(
+                    f,
+                    "{variable} is set in the calling environment to another value; the secret replaces it"
+                )
             }
             Self::Kept { variable } => {
-                write!(f, "{variable} is set in the calling environment to another value, which stays as asked")
+                write!(
+                    f,
+                    "{variable} is set in the calling environment to another value, which stays as asked"
+                )
             }
             Self::NotJson { secret } => {
                 write!(f, "secret `{secret}` begins like a JSON object but is none; it is injected as it is")
@@ -201,8 +207,18 @@ mod tests {
         assert_eq!(
             names,
             [
-                "DB_HOST", "DB_PORT", "DB_NAME", "DB_USER", "DB_PASSWORD", "REDIS_HOST", "REDIS_PORT",
-                "REDIS_PASSWORD", "JWT_SECRET", "JWT_REFRESH_SECRET", "MARKET_DATA_API_KEY", "NEWS_API_KEY",
+                "DB_HOST",
+                "DB_PORT",
+                "DB_NAME",
+                "DB_USER",
+                "DB_PASSWORD",
+                "REDIS_HOST",
+                "REDIS_PORT",
+                "REDIS_PASSWORD",
+                "JWT_SECRET",
+                "JWT_REFRESH_SECRET",
+                "MARKET_DATA_API_KEY",
+                "NEWS_API_KEY",
                 "EMAIL_API_KEY",
             ]
         );
@@ -220,8 +236,7 @@ mod tests {
     #[test]
     fn an_error_has_the_reason_of_its_first_problem() {
         let problem = |reason| VariableProblem { subject: "A".to_owned(), problem: "p".to_owned(), reason };
-        let error =
-            InjectError::Variables(vec![problem(Reason::FieldNotFound), problem(Reason::ValueEmpty)]);
+        let error = InjectError::Variables(vec![problem(Reason::FieldNotFound), problem(Reason::ValueEmpty)]);
         assert_eq!(error.reason(), Reason::FieldNotFound);
         assert_eq!(error.to_string(), "A: p\nA: p");
     }

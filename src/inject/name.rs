@@ -23,8 +23,15 @@ const RESERVED: &[(&str, &[&str])] = &[
     (
         "tells the dynamic loader or a library what code to load",
         &[
-            "LD_*", "DYLD_*", "GCONV_PATH", "GLIBC_TUNABLES", "LOCPATH", "NLSPATH", "OPENSSL_CONF",
-            "OPENSSL_ENGINES", "OPENSSL_MODULES",
+            "LD_*",
+            "DYLD_*",
+            "GCONV_PATH",
+            "GLIBC_TUNABLES",
+            "LOCPATH",
+            "NLSPATH",
+            "OPENSSL_CONF",
+            "OPENSSL_ENGINES",
+            "OPENSSL_MODULES",
         ],
     ),
     (
@@ -34,24 +41,67 @@ const RESERVED: &[(&str, &[&str])] = &[
     (
         "tells a shell what to run or how to read its input",
         &[
-            "BASH_ENV", "BASH_LOADABLES_PATH", "BASHOPTS", "CDPATH", "ENV", "FPATH", "GLOBIGNORE", "IFS",
-            "PROMPT_COMMAND", "PS4", "SHELLOPTS",
+            "BASH_ENV",
+            "BASH_LOADABLES_PATH",
+            "BASHOPTS",
+            "CDPATH",
+            "ENV",
+            "FPATH",
+            "GLOBIGNORE",
+            "IFS",
+            "PROMPT_COMMAND",
+            "PS4",
+            "SHELLOPTS",
         ],
     ),
     (
         "tells an interpreter what code to load",
         &[
-            "CLASSPATH", "DOTNET_STARTUP_HOOKS", "ERL_AFLAGS", "ERL_FLAGS", "ERL_ZFLAGS", "JAVA_TOOL_OPTIONS",
-            "JDK_JAVA_OPTIONS", "LUA_CPATH*", "LUA_INIT*", "LUA_PATH*", "NODE_OPTIONS", "NODE_PATH", "PERL5DB",
-            "PERL5LIB", "PERL5OPT", "PERLLIB", "PHPRC", "PHP_INI_SCAN_DIR", "PYTHONBREAKPOINT", "PYTHONHOME",
-            "PYTHONPATH", "PYTHONSTARTUP", "PYTHONWARNINGS", "RUBYLIB", "RUBYOPT", "_JAVA_OPTIONS",
+            "CLASSPATH",
+            "DOTNET_STARTUP_HOOKS",
+            "ERL_AFLAGS",
+            "ERL_FLAGS",
+            "ERL_ZFLAGS",
+            "JAVA_TOOL_OPTIONS",
+            "JDK_JAVA_OPTIONS",
+            "LUA_CPATH*",
+            "LUA_INIT*",
+            "LUA_PATH*",
+            "NODE_OPTIONS",
+            "NODE_PATH",
+            "PERL5DB",
+            "PERL5LIB",
+            "PERL5OPT",
+            "PERLLIB",
+            "PHPRC",
+            "PHP_INI_SCAN_DIR",
+            "PYTHONBREAKPOINT",
+            "PYTHONHOME",
+            "PYTHONPATH",
+            "PYTHONSTARTUP",
+            "PYTHONWARNINGS",
+            "RUBYLIB",
+            "RUBYOPT",
+            "_JAVA_OPTIONS",
         ],
     ),
     (
         "names a program that other programs start",
         &[
-            "BROWSER", "EDITOR", "GIT_ASKPASS", "GIT_EDITOR", "GIT_EXEC_PATH", "GIT_EXTERNAL_DIFF", "GIT_PAGER",
-            "GIT_PROXY_COMMAND", "GIT_SSH", "GIT_SSH_COMMAND", "LESSCLOSE", "LESSOPEN", "PAGER", "SSH_ASKPASS",
+            "BROWSER",
+            "EDITOR",
+            "GIT_ASKPASS",
+            "GIT_EDITOR",
+            "GIT_EXEC_PATH",
+            "GIT_EXTERNAL_DIFF",
+            "GIT_PAGER",
+            "GIT_PROXY_COMMAND",
+            "GIT_SSH",
+            "GIT_SSH_COMMAND",
+            "LESSCLOSE",
+            "LESSOPEN",
+            "PAGER",
+            "SSH_ASKPASS",
             "VISUAL",
         ],
     ),
@@ -130,13 +180,20 @@ fn problem_of(text: &str) -> Option<String> {
         return Some(format!("the name is {} bytes long; at most {MAX_NAME} are permitted", text.len()));
     }
     if text.starts_with(|c: char| c.is_ascii_digit()) {
-        return Some("the name starts with a digit, which no shell accepts; put a letter or `_` first".to_owned());
+        return Some(
+            "the name starts with a digit, which no shell accepts; put a letter or `_` first".to_owned(),
+        );
     }
     if let Some((index, c)) = text.chars().enumerate().find(|(_, c)| !permitted(*c)) {
         let c = cut(c.encode_utf8(&mut [0; 4]));
-        return Some(format!("character {} (`{c}`) of the name is not one of A-Z, a-z, 0-9 and _", index + 1));
+        return Some(format!(
+            "character {} (`{c}`) of the name is not one of A-Z, a-z, 0-9 and _",
+            index + 1
+        ));
     }
-    reserved(text).map(|why| format!("the name is reserved because it {why}; choose another, or set it outside claviger"))
+    reserved(text).map(|why| {
+        format!("the name is reserved because it {why}; choose another, or set it outside claviger")
+    })
 }
 
 fn reserved(name: &str) -> Option<&'static str> {
@@ -171,9 +228,25 @@ mod tests {
     #[test]
     fn names_that_decide_which_code_runs_are_refused() {
         for bad in [
-            "LD_PRELOAD", "LD_LIBRARY_PATH", "LD_AUDIT", "DYLD_INSERT_LIBRARIES", "GLIBC_TUNABLES", "BASH_ENV",
-            "ENV", "IFS", "PATH", "HOME", "NODE_OPTIONS", "PYTHONPATH", "PERL5OPT", "RUBYOPT", "_JAVA_OPTIONS",
-            "LUA_INIT_5_4", "GIT_SSH_COMMAND", "CLAVIGER_TOKEN", "CLAVIGER_ANYTHING",
+            "LD_PRELOAD",
+            "LD_LIBRARY_PATH",
+            "LD_AUDIT",
+            "DYLD_INSERT_LIBRARIES",
+            "GLIBC_TUNABLES",
+            "BASH_ENV",
+            "ENV",
+            "IFS",
+            "PATH",
+            "HOME",
+            "NODE_OPTIONS",
+            "PYTHONPATH",
+            "PERL5OPT",
+            "RUBYOPT",
+            "_JAVA_OPTIONS",
+            "LUA_INIT_5_4",
+            "GIT_SSH_COMMAND",
+            "CLAVIGER_TOKEN",
+            "CLAVIGER_ANYTHING",
         ] {
             let error = VariableName::parse(bad).unwrap_err().to_string();
             assert!(error.contains("reserved") && error.contains("outside claviger"), "{error}");

@@ -132,7 +132,9 @@ fn value_of(
     answers: &dyn Fn(&SecretId) -> Result<SecretValue, String>,
 ) -> Result<SecretValue, Fault> {
     let (reference, min_length, allow_empty) = match source {
-        VariableSource::Reference { reference, min_length, allow_empty } => (reference, *min_length, *allow_empty),
+        VariableSource::Reference { reference, min_length, allow_empty } => {
+            (reference, *min_length, *allow_empty)
+        }
         VariableSource::Literal(value) => return Ok(value.clone()),
     };
     let whole = answers(&secret_of(reference, environment))
@@ -175,7 +177,9 @@ fn long_enough(value: &SecretValue, min_length: Option<usize>) -> Result<(), Fau
     if enough {
         return Ok(());
     }
-    let problem = format!("the value is shorter than the {least} characters that the manifest asks for; put a longer one");
+    let problem = format!(
+        "the value is shorter than the {least} characters that the manifest asks for; put a longer one"
+    );
     Err(Fault { problem, reason: Reason::InvalidValue })
 }
 
@@ -227,14 +231,19 @@ impl Collected {
                 self.notices.push(Notice::NotJson { secret: name.clone() });
                 self.offer(name.as_str(), name.to_string(), Ok(value.clone()));
             }
-            Err(FieldError::NotAnObject { .. }) => self.offer(name.as_str(), name.to_string(), Ok(value.clone())),
+            Err(FieldError::NotAnObject { .. }) => {
+                self.offer(name.as_str(), name.to_string(), Ok(value.clone()))
+            }
             Err(error) => self.problems.push(Fault::from(error).of(format!("secret `{name}`"))),
         }
     }
 
     fn offer(&mut self, joined: &str, origin: String, value: Result<SecretValue, Fault>) {
         let checked = value.and_then(|value| {
-            not_empty(&value, "put a value, or declare the variable in a manifest with `allow_empty = true`")?;
+            not_empty(
+                &value,
+                "put a value, or declare the variable in a manifest with `allow_empty = true`",
+            )?;
             usable(&value)?;
             Ok(value)
         });
@@ -264,7 +273,10 @@ impl Collected {
     }
 }
 
-fn collision(name: &VariableName, candidates: impl Iterator<Item = (String, SecretValue)>) -> VariableProblem {
+fn collision(
+    name: &VariableName,
+    candidates: impl Iterator<Item = (String, SecretValue)>,
+) -> VariableProblem {
     let origins: Vec<_> = candidates.map(|(origin, _)| format!("`{origin}`")).collect();
     VariableProblem {
         subject: cut(name.as_str()),
@@ -333,7 +345,8 @@ mod tests {
     #[test]
     fn values_arrive_exactly() {
         let value = text("{\"port\":5432,\"text\":\"a\\r\\nADMIN=1 $(id) {{x}}\"}");
-        let variables = resolved("P = \"db#port\"\nT = \"db#text\"\nL = { value = \"\" }\nW = \"db\"", &value).unwrap();
+        let variables =
+            resolved("P = \"db#port\"\nT = \"db#text\"\nL = { value = \"\" }\nW = \"db\"", &value).unwrap();
         assert_eq!(
             pairs(&variables),
             [
@@ -399,7 +412,9 @@ mod tests {
 
     #[test]
     fn a_strangers_message_stays_on_one_line() {
-        let error = resolve(&declared("A = \"a\""), &staging(), &|_: &SecretId| Err("no\nADMIN=1\u{1b}[2J".to_owned()));
+        let error = resolve(&declared("A = \"a\""), &staging(), &|_: &SecretId| {
+            Err("no\nADMIN=1\u{1b}[2J".to_owned())
+        });
         assert_eq!(problems(error.unwrap_err()), [r"A (a): no\nADMIN=1\u{1b}[2J"]);
     }
 

@@ -264,7 +264,7 @@ async fn tokens_end_when_they_are_told_and_when_they_expire() {
     let clock = clock();
     let kv = Arc::new(Embedded::open(&folder.path().join("kv.db"), clock.clone()).await.unwrap());
     let tokens = Tokens::open(kv.clone(), clock.clone()).await.unwrap();
-    let request = |minutes| TokenRequest {
+    let request = |minutes: u64| TokenRequest {
         kind: PrincipalKind::Workload,
         principal: "orders".to_owned(),
         groups: ["services".to_owned()].into(),
@@ -332,7 +332,7 @@ async fn bad_writes_change_nothing() {
 
 fn keys(folder: &tempfile::TempDir) -> Vec<claviger::audit::VerifyingKey> {
     let text = std::fs::read_to_string(folder.path().join("data/keys/audit.pub")).unwrap();
-    vec![claviger::audit::VerifyingKey::from_hex(text.trim()).unwrap()]
+    vec![claviger::audit::VerifyingKey::parse(text.trim()).unwrap()]
 }
 
 /// A small disk of its own; unmounted when it goes.

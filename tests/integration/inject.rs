@@ -5,7 +5,9 @@ use std::ffi::OsString;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Command, Output, Stdio};
 
-use claviger::inject::{ChildEnvironment, Manifest, Options, Variables, compose, exec, from_secrets, resolve};
+use claviger::inject::{
+    ChildEnvironment, Manifest, Options, Variables, compose, exec, from_secrets, resolve,
+};
 use claviger::secret::{EnvironmentName, SecretId, SecretName, SecretValue};
 use proptest::prelude::*;
 
@@ -24,10 +26,11 @@ fn declared(values: &[(&str, &str)]) -> Variables {
         .map(|(name, _)| format!("{name} = {{ ref = \"sample#{name}\", allow_empty = true }}\n"))
         .collect();
     let object: serde_json::Map<String, serde_json::Value> =
-        values.iter().map(|(name, value)| ((*name).to_owned(), (*value).into())).collect();
+        values.iter().map(|(name, value)| ((*name).to_owned(), serde_json::Value::from(*value))).collect();
     let secret = text(&serde_json::Value::Object(object).to_string());
     let environment = EnvironmentName::parse("staging").unwrap();
-    let variables = Manifest::parse(&format!("[env]\n{entries}"), "claviger.toml").unwrap().variables_for(&environment);
+    let variables =
+        Manifest::parse(&format!("[env]\n{entries}"), "claviger.toml").unwrap().variables_for(&environment);
     resolve(&variables, &environment, &|_: &SecretId| Ok(secret.clone())).unwrap()
 }
 
@@ -138,7 +141,7 @@ fn replaced(command: &[&str]) -> (u32, Output) {
     (child.id(), child.wait_with_output().unwrap())
 }
 
-/// What the command printed: the last lines, because the test harness of the replaced process greets first.
+/// What the command printed, after the greeting of the test harness that it replaced.
 fn printed(output: &Output) -> String {
     String::from_utf8(output.stdout.clone()).unwrap()
 }
@@ -158,9 +161,9 @@ fn how_the_command_ends_is_how_we_end() {
     assert_eq!(replaced(&["sh", "-c", "kill -TERM $$"]).1.status.signal(), Some(15));
     for (command, code, message) in [
         (&["no-such-command-5f3a"][..], 127, "is not found along PATH"),
-        (&["/no/such/file"], 127, "is not there"),
-        (&["/"], 126, "it is a directory"),
-        (&["/proc/version"], 126, "permission denied"),
+        (&["/no/such/file"][..], 127, "is not there"),
+        (&["/"][..], 126, "it is a directory"),
+        (&["/proc/version"][..], 126, "permission denied"),
     ] {
         let (_, output) = replaced(command);
         let told = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -181,7 +184,8 @@ fn the_command_gets_the_values_and_none_of_our_credentials() {
 #[test]
 fn the_command_finds_sigpipe_at_its_default_and_no_file_of_ours_open() {
     const SIGPIPE: u64 = 1 << (13 - 1);
-    let printed = printed(&replaced(&["sh", "-c", "grep SigIgn /proc/self/status; ls -l /proc/self/fd"]).1);
+    let printed =
+        printed(&replaced(&["sh", "-c", "echo; grep SigIgn /proc/self/status; ls -l /proc/self/fd"]).1);
     let ignored = printed.lines().find_map(|line| line.strip_prefix("SigIgn:")).unwrap();
     assert_eq!(u64::from_str_radix(ignored.trim(), 16).unwrap() & SIGPIPE, 0, "{printed}");
     assert!(printed.contains("/dev/null") && !printed.contains("/proc/version"), "{printed}");

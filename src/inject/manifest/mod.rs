@@ -285,10 +285,7 @@ mod tests {
         );
         let names = |text| manifest.variables_for(&environment(text)).iter().map(shown).collect::<Vec<_>>();
         assert_eq!(names("production"), ["A=a None false line 2", "B=b None false line 3"]);
-        assert_eq!(
-            names("development"),
-            ["A=\"dev\" line 6", "B=b None false line 3", "Z=\"z\" line 5"]
-        );
+        assert_eq!(names("development"), ["A=\"dev\" line 6", "B=b None false line 3", "Z=\"z\" line 5"]);
     }
 
     #[test]
@@ -357,7 +354,10 @@ mod tests {
 
     #[test]
     fn syntax_and_duplicates_have_a_place() {
-        assert_eq!(faults("[env]\nA = \"a\"\nA = \"b\"\n"), ["claviger.toml:3:1: A: stands twice; keep one of them"]);
+        assert_eq!(
+            faults("[env]\nA = \"a\"\nA = \"b\"\n"),
+            ["claviger.toml:3:1: A: stands twice; keep one of them"]
+        );
         let all = faults("[env]\nA = hunter2\nB = \"b\n");
         assert!(all.first().unwrap().starts_with("claviger.toml:2:5: not valid TOML: "), "{all:?}");
         assert!(all.last().unwrap().starts_with("claviger.toml:3:"), "both lines are told: {all:?}");
@@ -380,7 +380,10 @@ mod tests {
         let lines: Vec<_> =
             manifest.variables_for(&environment("staging")).iter().map(|variable| variable.line).collect();
         assert_eq!(lines, [2, 3]);
-        assert_eq!(faults("\u{feff}env = 1")[0], "claviger.toml:1:7: env: is of type integer; write it as a table, [env]");
+        assert_eq!(
+            faults("\u{feff}env = 1")[0],
+            "claviger.toml:1:7: env: is of type integer; write it as a table, [env]"
+        );
     }
 
     #[test]

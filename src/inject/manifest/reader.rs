@@ -100,7 +100,11 @@ impl Reader<'_> {
             return in_order(table);
         }
         let found = value.get_ref().type_str();
-        self.fault(value.span().start, subject, format!("is of type {found}; write it as a table, [{subject}]"));
+        self.fault(
+            value.span().start,
+            subject,
+            format!("is of type {found}; write it as a table, [{subject}]"),
+        );
         Vec::new()
     }
 
@@ -136,7 +140,8 @@ impl Reader<'_> {
 
     fn detailed(&mut self, subject: &str, offset: usize, table: &DeTable<'_>) -> Option<VariableSource> {
         if let Some(template) = table.get("template") {
-            let problem = "templates are not supported yet; inject the parts and join them in the application";
+            let problem =
+                "templates are not supported yet; inject the parts and join them in the application";
             self.unsupported(template.span().start, subject, problem);
             return None;
         }
@@ -163,7 +168,8 @@ impl Reader<'_> {
             in_order(table).into_iter().filter(|(key, _)| !KEYS.contains(&&**key.get_ref())).collect();
         for (key, _) in &unknown {
             let text: &str = key.get_ref();
-            let problem = format!("unknown key `{}`{}; known are {}", cut(text), hint(text, &KEYS), KEYS.join(", "));
+            let problem =
+                format!("unknown key `{}`{}; known are {}", cut(text), hint(text, &KEYS), KEYS.join(", "));
             self.fault(key.span().start, subject, problem);
         }
         unknown.is_empty()
@@ -197,7 +203,11 @@ impl Reader<'_> {
         let text = self.string(subject, "value", value)?;
         let offset = value.span().start;
         if text.contains('\0') {
-            self.fault(offset, subject, "`value` holds a NUL character, which no environment variable can; remove it");
+            self.fault(
+                offset,
+                subject,
+                "`value` holds a NUL character, which no environment variable can; remove it",
+            );
             return None;
         }
         SecretValue::text(text.to_owned())
@@ -216,8 +226,9 @@ impl Reader<'_> {
                     Reason::InvalidName => "it is not a secret's name",
                     _ => "it is empty, or has `:` or `#` twice",
                 };
-                let problem =
-                    format!("{part}; write \"[environment:]name[#field]\", or {{ value = \"…\" }} for a literal");
+                let problem = format!(
+                    "{part}; write \"[environment:]name[#field]\", or {{ value = \"…\" }} for a literal"
+                );
                 self.fault(value.span().start, subject, problem);
             })
             .ok()
@@ -228,7 +239,8 @@ impl Reader<'_> {
         let number = number.and_then(|number| usize::from_str_radix(number.as_str(), number.radix()).ok());
         let bounded = number.filter(|number| (1..=MAX_VALUE_BYTES).contains(number));
         if bounded.is_none() {
-            let problem = format!("`min_length` is not a whole number from 1 to {MAX_VALUE_BYTES}; correct it");
+            let problem =
+                format!("`min_length` is not a whole number from 1 to {MAX_VALUE_BYTES}; correct it");
             self.fault(value.span().start, subject, problem);
         }
         bounded
@@ -236,7 +248,11 @@ impl Reader<'_> {
 
     fn allow_empty(&mut self, subject: &str, value: &Value<'_>) -> bool {
         value.get_ref().as_bool().unwrap_or_else(|| {
-            self.fault(value.span().start, subject, "`allow_empty` is neither true nor false; write one of them");
+            self.fault(
+                value.span().start,
+                subject,
+                "`allow_empty` is neither true nor false; write one of them",
+            );
             false
         })
     }
@@ -246,7 +262,8 @@ impl Reader<'_> {
         match self.string(subject, "as", value) {
             None | Some("env") => {}
             Some(way @ ("file" | "fd")) => {
-                let problem = format!("`as = \"{way}\"` is not supported yet; leave it out to get the value itself");
+                let problem =
+                    format!("`as = \"{way}\"` is not supported yet; leave it out to get the value itself");
                 self.unsupported(offset, subject, &problem);
             }
             Some(_) => self.fault(offset, subject, "`as` is not \"env\"; correct it or leave it out"),

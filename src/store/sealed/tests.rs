@@ -1,7 +1,6 @@
 //! The store over the embedded key-value layer: what it promises, and what an intruder at the file can't do.
 
 use super::*;
-use crate::clock::Clock as _;
 use crate::clock::{Clock, ManualClock};
 use crate::error::{Reason, Reasoned};
 use crate::kv::embedded::Embedded;
