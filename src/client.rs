@@ -73,7 +73,9 @@ impl Address {
         };
         match text.split_once("://") {
             Some(("unix", path)) if path.starts_with('/') => Ok(Self::Unix(path.into())),
-            Some(("unix", _)) => Err(refuse("the path of a socket is absolute; write unix:///run/claviger/claviger.sock")),
+            Some(("unix", _)) => {
+                Err(refuse("the path of a socket is absolute; write unix:///run/claviger/claviger.sock"))
+            }
             Some(("http", _)) => loopback(text).map(Self::Http).map_err(refuse),
             Some(("https", _)) => Err(ClientError {
                 reason: Reason::Unsupported,
@@ -106,7 +108,9 @@ impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Unix(path) => write!(f, "unix://{}", path.display()),
-            Self::Http(uri) => write!(f, "http://{}", uri.authority().map_or("", |authority| authority.as_str())),
+            Self::Http(uri) => {
+                write!(f, "http://{}", uri.authority().map_or("", |authority| authority.as_str()))
+            }
         }
     }
 }
@@ -122,9 +126,12 @@ fn loopback(text: &str) -> Result<Uri, &'static str> {
         return Err("has a path or a query; write http://127.0.0.1:port");
     }
     let host = authority.host().trim_matches(['[', ']']);
-    let is_loopback = host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback());
+    let is_loopback =
+        host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback());
     if !is_loopback {
-        return Err("would send secrets in the clear; plain http:// is for loopback addresses, use unix:///path");
+        return Err(
+            "would send secrets in the clear; plain http:// is for loopback addresses, use unix:///path",
+        );
     }
     Ok(uri)
 }
@@ -199,14 +206,17 @@ impl From<v1::Problem> for ClientError {
 fn without_details(status: &Status) -> ClientError {
     let code = status.code();
     if chain(status).any(|error| error.is::<tonic::TimeoutExpired>()) {
-        let message = "the deadline passed before there was an answer; a change may still take effect; raise --timeout";
+        let message =
+            "the deadline passed before there was an answer; a change may still take effect; raise --timeout";
         return ClientError::new(Reason::DeadlineExceeded, Code::DeadlineExceeded, message);
     }
     let said = shown(status.message());
     match code {
         Code::Unavailable | Code::Unknown | Code::Cancelled => {
             let cause = status.source().map_or(said, root_cause);
-            ClientError::unavailable(format!("the connection to the broker failed: {cause}; a change may still take effect"))
+            ClientError::unavailable(format!(
+                "the connection to the broker failed: {cause}; a change may still take effect"
+            ))
         }
         Code::Unimplemented => {
             let message = "the broker does not know this call; is it of another version?";
@@ -280,7 +290,8 @@ impl Connection {
         timeout: Duration,
     ) -> Result<Self, ClientError> {
         let deadline = timeout.min(LONGEST_DEADLINE);
-        let presenting = Presenting { authorization: token.map(bearer).transpose()?, deadline: Some(deadline) };
+        let presenting =
+            Presenting { authorization: token.map(bearer).transpose()?, deadline: Some(deadline) };
         let channel = match address {
             Address::Unix(path) => {
                 let path: Arc<Path> = path.as_path().into();
@@ -365,7 +376,9 @@ impl fmt::Debug for Presenting {
 /// The header that presents `token`, marked so that neither logs nor header compression keep it.
 fn bearer(token: &SecretValue) -> Result<MetadataValue<Ascii>, ClientError> {
     let refuse = || ClientError::invalid("the token is not one: a token is printable ASCII without spaces");
-    let text = token.expose_text().filter(|text| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_graphic()));
+    let text = token
+        .expose_text()
+        .filter(|text| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_graphic()));
     let header = Zeroizing::new(["Bearer ", text.ok_or_else(refuse)?].concat());
     let mut value: MetadataValue<Ascii> = header.parse().map_err(|_| refuse())?;
     value.set_sensitive(true);
@@ -403,9 +416,13 @@ fn no_broker_at(path: &Path, error: &io::Error) -> String {
     let shown = path.display();
     match error.kind() {
         io::ErrorKind::NotFound => format!("no broker at unix://{shown}: there is no such socket; {MEND}"),
-        io::ErrorKind::ConnectionRefused => format!("no broker at unix://{shown}: nobody listens there; {MEND}"),
+        io::ErrorKind::ConnectionRefused => {
+            format!("no broker at unix://{shown}: nobody listens there; {MEND}")
+        }
         io::ErrorKind::PermissionDenied => {
-            format!("no access to unix://{shown}: its permissions keep you out; ask for access, or set --address")
+            format!(
+                "no access to unix://{shown}: its permissions keep you out; ask for access, or set --address"
+            )
         }
         _ => format!("no broker at unix://{shown}: {error}; {MEND}"),
     }
@@ -454,8 +471,13 @@ mod tests {
     #[test]
     fn addresses_are_sockets_or_loopback() {
         assert_eq!(Address::parse("unix:///run/c.sock").unwrap(), Address::Unix("/run/c.sock".into()));
-        for good in ["http://127.0.0.1:8400", "http://localhost:8400", "http://[::1]:8400", "http://127.9.9.9", "http://[::1]:1/"]
-        {
+        for good in [
+            "http://127.0.0.1:8400",
+            "http://localhost:8400",
+            "http://[::1]:8400",
+            "http://127.9.9.9",
+            "http://[::1]:1/",
+        ] {
             assert!(matches!(Address::parse(good), Ok(Address::Http(_))), "{good}");
         }
         assert_eq!(Address::parse("http://[::1]:8400/").unwrap().to_string(), "http://[::1]:8400");
@@ -498,7 +520,10 @@ mod tests {
         if !Path::new(SYSTEM_SOCKET).exists() {
             let error = Address::find(Some(folder.path())).unwrap_err();
             assert_eq!(error.reason, Reason::Unavailable);
-            assert!(error.message.contains(SYSTEM_SOCKET) && error.message.contains("claviger dev"), "{error}");
+            assert!(
+                error.message.contains(SYSTEM_SOCKET) && error.message.contains("claviger dev"),
+                "{error}"
+            );
         }
     }
 
@@ -530,14 +555,19 @@ mod tests {
         let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let error = open(Address::parse(&format!("http://{closed}")).unwrap()).await;
         assert_eq!(error.reason, Reason::Unavailable);
-        assert!(error.message.contains(&closed.to_string()) && error.message.contains("--address"), "{error}");
+        assert!(
+            error.message.contains(&closed.to_string()) && error.message.contains("--address"),
+            "{error}"
+        );
     }
 
     #[test]
     fn a_call_says_who_calls_and_by_when() {
         let token = SecretValue::text("clv_0123456789abcdef_x".to_owned()).unwrap();
-        let mut presenting =
-            Presenting { authorization: Some(bearer(&token).unwrap()), deadline: Some(Duration::from_secs(30)) };
+        let mut presenting = Presenting {
+            authorization: Some(bearer(&token).unwrap()),
+            deadline: Some(Duration::from_secs(30)),
+        };
         let request = presenting.call(Request::new(())).unwrap();
         let header = request.metadata().get("authorization").unwrap();
         assert_eq!(header.to_str().unwrap(), "Bearer clv_0123456789abcdef_x");
@@ -592,7 +622,9 @@ mod tests {
 
     #[test]
     fn values_come_as_they_went() {
-        for value in [SecretValue::text("é\n".to_owned()).unwrap(), SecretValue::binary(vec![0, 255]).unwrap()] {
+        for value in
+            [SecretValue::text("é\n".to_owned()).unwrap(), SecretValue::binary(vec![0, 255]).unwrap()]
+        {
             assert!(received(payload(&value)).unwrap().same_as(&value));
         }
         let untyped = v1::SecretPayload { data: Bytes::from_static(b"canary"), content_type: 9 };

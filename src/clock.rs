@@ -94,7 +94,10 @@ pub struct DurationError {
 /// A missing unit, a negative or an overlong duration; zero is left to the caller.
 pub fn parse_duration(text: &str) -> Result<Duration, DurationError> {
     const LONGEST: Duration = Duration::from_secs(100 * 366 * 86_400);
-    let refuse = |problem| DurationError { text: text.chars().take(32).flat_map(char::escape_default).collect(), problem };
+    let refuse = |problem| DurationError {
+        text: text.chars().take(32).flat_map(char::escape_default).collect(),
+        problem,
+    };
     if text.trim().parse::<f64>().is_ok() {
         return Err(refuse("has no unit"));
     }

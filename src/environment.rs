@@ -232,7 +232,9 @@ fn resolve(name: EnvironmentName, table: Config) -> Result<Environment, Environm
         (None | Some("aws"), Some(aws)) => StoreChoice::Aws(checked(aws).map_err(refuse)?),
         (Some("aws"), None) => StoreChoice::Aws(AwsSettings::default()),
         (Some("sealed"), Some(_)) => {
-            return Err(refuse("store = \"sealed\" and a table `aws` contradict each other; remove one".to_owned()));
+            return Err(refuse(
+                "store = \"sealed\" and a table `aws` contradict each other; remove one".to_owned(),
+            ));
         }
         (Some(other), _) => {
             let other: String = other.escape_default().take(32).collect();
@@ -256,8 +258,8 @@ fn checked(aws: AwsSettings) -> Result<AwsSettings, String> {
     if let Some(endpoint) = &aws.endpoint {
         let uri: http::Uri = endpoint.parse().map_err(|_| "aws.endpoint is not a URL".to_owned())?;
         let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
-        let loopback =
-            host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback());
+        let loopback = host == "localhost"
+            || host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback());
         match uri.scheme_str() {
             Some("https") => {}
             Some("http") if loopback => {}

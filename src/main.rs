@@ -1,4 +1,4 @@
-//! Parse, run, exit code.
+//! The program: hands its arguments and its environment to the command line, and ends with its exit code.
 
 use std::process::ExitCode;
 

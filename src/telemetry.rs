@@ -16,7 +16,9 @@ pub const VARIABLE: &str = "CLAVIGER_LOG";
 /// A line that names the variable, where the level is none of these.
 pub fn start(level: Option<&str>) -> Result<(), String> {
     let level: LevelFilter = match level.unwrap_or("info") {
-        known @ ("error" | "warn" | "info" | "debug" | "trace" | "off") => known.parse().unwrap_or(LevelFilter::INFO),
+        known @ ("error" | "warn" | "info" | "debug" | "trace" | "off") => {
+            known.parse().unwrap_or(LevelFilter::INFO)
+        }
         _ => return Err(format!("{VARIABLE} must be off, error, warn, info, debug or trace")),
     };
     let filter = EnvFilter::new(format!("warn,claviger={level}"));

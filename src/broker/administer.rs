@@ -45,7 +45,8 @@ impl Broker {
         self.intend(call, "create_token", &grant).await?;
         let created = self.parts.tokens.create(request).await.map_err(BrokerError::from);
         let record = record::of_grant(call, "create_token", &grant);
-        self.released(&grant, record, created, |(token, _), record| record.done().with_detail(said_of(token))).await
+        self.released(&grant, record, created, |(token, _), record| record.done().with_detail(said_of(token)))
+            .await
     }
 
     /// Every token, without secrets.
@@ -75,7 +76,12 @@ impl Broker {
     ///
     /// # Errors
     /// Where the log can't be written.
-    pub async fn check_policy(&self, call: &Call, action: Action, resource: &Resource) -> Result<Effect, BrokerError> {
+    pub async fn check_policy(
+        &self,
+        call: &Call,
+        action: Action,
+        resource: &Resource,
+    ) -> Result<Effect, BrokerError> {
         let context = Context { reason: call.reason.clone() };
         let decision = match self.parts.policies.authorize(&call.principal, action, resource, &context) {
             Ok(grant) => Arc::clone(grant.decision()),
@@ -118,7 +124,9 @@ impl Broker {
         let reloaded = self.read_policies().await;
         let record = record::of_grant(call, "reload_policy", &grant);
         self.released(&grant, record, reloaded, |reloaded, record| {
-            record.done().with_detail(format!("generation {}, {} policies", reloaded.generation, reloaded.policies))
+            record
+                .done()
+                .with_detail(format!("generation {}, {} policies", reloaded.generation, reloaded.policies))
         })
         .await
     }
@@ -135,7 +143,9 @@ impl Broker {
                 "{cause}: generation {}, {} policies",
                 reloaded.generation, reloaded.policies
             )),
-            Err(error) => record.ended(error).with_detail(format!("{cause}: {error}; the last good set stays")),
+            Err(error) => {
+                record.ended(error).with_detail(format!("{cause}: {error}; the last good set stays"))
+            }
         };
         self.append(record, Durability::Durable).await?;
         reloaded
@@ -211,7 +221,13 @@ impl Broker {
 }
 
 fn said_of(token: &TokenRecord) -> String {
-    format!("token {} of {}::\"{}\", expires {}", token.id, token.kind.entity_type(), token.principal, token.expires_at)
+    format!(
+        "token {} of {}::\"{}\", expires {}",
+        token.id,
+        token.kind.entity_type(),
+        token.principal,
+        token.expires_at
+    )
 }
 
 /// Reading files, and checking what is in them, takes as long as there is of it.

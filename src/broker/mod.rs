@@ -188,7 +188,12 @@ impl Broker {
     }
 
     /// Records a request by a known caller that made no sense, and gives its error back.
-    pub async fn record_rejected(&self, call: &Call, operation: &'static str, error: BrokerError) -> BrokerError {
+    pub async fn record_rejected(
+        &self,
+        call: &Call,
+        operation: &'static str,
+        error: BrokerError,
+    ) -> BrokerError {
         let record = record::of_call(call, operation).ended(&error);
         match self.append(record, Durability::Durable).await {
             Ok(()) => error,
@@ -207,14 +212,18 @@ impl Broker {
     ) -> Result<Grant, BrokerError> {
         let outcome = self.decide(call, action, resource).and_then(|grant| {
             if let Some(environment) = resource.environment() {
-                self.parts.registry.get(environment).map_err(|error| (Some(grant.decision().clone()), error.into()))?;
+                self.parts
+                    .registry
+                    .get(environment)
+                    .map_err(|error| (Some(grant.decision().clone()), error.into()))?;
             }
             Ok(grant)
         });
         match outcome {
             Ok(grant) => Ok(grant),
             Err((decision, error)) => {
-                let record = record::of_resource(call, operation, action, resource, decision.as_deref()).ended(&error);
+                let record =
+                    record::of_resource(call, operation, action, resource, decision.as_deref()).ended(&error);
                 self.append(record, self.durability(resource)).await?;
                 Err(error)
             }

@@ -99,8 +99,9 @@ impl Broker {
         environment: EnvironmentName,
         freshness: Freshness,
     ) -> Result<Vec<Result<Disclosed, BrokerError>>, BrokerError> {
-        let grant =
-            self.authorize(call, "batch_get", Action::List, &Resource::Environment(environment.clone())).await?;
+        let grant = self
+            .authorize(call, "batch_get", Action::List, &Resource::Environment(environment.clone()))
+            .await?;
         let names = self.names(&grant).await;
         let permitted = names.map(|names| {
             let found = names.len();
@@ -132,7 +133,9 @@ impl Broker {
             let page = self.parts.stores.list(grant, &request).await?;
             names.extend(page.secrets.into_iter().map(|listed| listed.name));
             if names.len() > MAX_BATCH {
-                let message = format!("the environment has more than {MAX_BATCH} secrets; name those wanted in a manifest");
+                let message = format!(
+                    "the environment has more than {MAX_BATCH} secrets; name those wanted in a manifest"
+                );
                 return Err(BrokerError::rejected(Reason::LimitExceeded, message));
             }
             match page.next_page_token {
@@ -181,7 +184,8 @@ impl Broker {
                 if self.durability(grant.resource()) == Durability::Durable {
                     durability = Durability::Durable;
                 }
-                let missing = || BrokerError::rejected(Reason::Internal, "the store gave fewer answers than asked");
+                let missing =
+                    || BrokerError::rejected(Reason::Internal, "the store gave fewer answers than asked");
                 let fetched = answers.next().ok_or_else(missing)?;
                 disclose(&read, fetched?)
             });

@@ -26,10 +26,19 @@ impl Broker {
     ///
     /// # Errors
     /// [`BrokerError`]; needs [`Action::Write`]. An empty value is refused unless `allow_empty`.
-    pub async fn put(&self, call: &Call, id: SecretId, put: Put, allow_empty: bool) -> Result<Written, BrokerError> {
+    pub async fn put(
+        &self,
+        call: &Call,
+        id: SecretId,
+        put: Put,
+        allow_empty: bool,
+    ) -> Result<Written, BrokerError> {
         if put.value.is_empty() && !allow_empty {
-            let message = format!("secret `{}`: the value is empty; say allow_empty where that is meant", id.name);
-            return Err(self.record_rejected(call, "put", BrokerError::rejected(Reason::ValueEmpty, message)).await);
+            let message =
+                format!("secret `{}`: the value is empty; say allow_empty where that is meant", id.name);
+            return Err(self
+                .record_rejected(call, "put", BrokerError::rejected(Reason::ValueEmpty, message))
+                .await);
         }
         let grant = self.authorize(call, "put", Action::Write, &Resource::Secret(id)).await?;
         self.intend(call, "put", &grant).await?;
@@ -42,17 +51,25 @@ impl Broker {
     /// # Errors
     /// [`BrokerError`]; needs [`Action::Write`]. The AWS labels are refused: they move with put, rollback and
     /// rotation.
-    pub async fn move_label(&self, call: &Call, id: SecretId, change: LabelMove) -> Result<Written, BrokerError> {
+    pub async fn move_label(
+        &self,
+        call: &Call,
+        id: SecretId,
+        change: LabelMove,
+    ) -> Result<Written, BrokerError> {
         if change.label.is_system() {
-            let message =
-                format!("label {} moves only with put, rollback and rotation; choose a label of your own", change.label);
+            let message = format!(
+                "label {} moves only with put, rollback and rotation; choose a label of your own",
+                change.label
+            );
             let error = BrokerError::rejected(Reason::InvalidLabel, message);
             return Err(self.record_rejected(call, "move_label", error).await);
         }
         let grant = self.authorize(call, "move_label", Action::Write, &Resource::Secret(id)).await?;
         self.intend(call, "move_label", &grant).await?;
         let moved = self.parts.stores.move_label(&grant, &change).await.map_err(BrokerError::from);
-        let record = record::of_grant(call, "move_label", &grant).with_detail(format!("label {}", change.label));
+        let record =
+            record::of_grant(call, "move_label", &grant).with_detail(format!("label {}", change.label));
         self.released(&grant, record, moved, wrote).await
     }
 
@@ -70,7 +87,8 @@ impl Broker {
         let grant = self.authorize(call, "rollback", Action::Rollback, &Resource::Secret(id)).await?;
         self.intend(call, "rollback", &grant).await?;
         let written = self.parts.stores.rollback(&grant, to, expected).await.map_err(BrokerError::from);
-        let written = self.released(&grant, record::of_grant(call, "rollback", &grant), written, wrote).await?;
+        let written =
+            self.released(&grant, record::of_grant(call, "rollback", &grant), written, wrote).await?;
         Ok(RolledBack { version: written.version, superseded: written.superseded })
     }
 
@@ -78,7 +96,12 @@ impl Broker {
     ///
     /// # Errors
     /// [`BrokerError`]; needs [`Action::Delete`].
-    pub async fn delete(&self, call: &Call, id: SecretId, window: RecoveryWindow) -> Result<Timestamp, BrokerError> {
+    pub async fn delete(
+        &self,
+        call: &Call,
+        id: SecretId,
+        window: RecoveryWindow,
+    ) -> Result<Timestamp, BrokerError> {
         let grant = self.authorize(call, "delete", Action::Delete, &Resource::Secret(id)).await?;
         self.intend(call, "delete", &grant).await?;
         let deleted = self.parts.stores.delete(&grant, window).await.map_err(BrokerError::from);
@@ -107,7 +130,8 @@ impl Broker {
         grant: &Grant,
         result: Result<T, BrokerError>,
     ) -> Result<T, BrokerError> {
-        self.released(grant, record::of_grant(call, operation, grant), result, |_, record| record.done()).await
+        self.released(grant, record::of_grant(call, operation, grant), result, |_, record| record.done())
+            .await
     }
 }
 

@@ -140,7 +140,9 @@ async fn query(args: QueryArgs, context: &Context) -> Result<Exit, CliError> {
 /// The part of the log that is meant: an environment's, or (empty) all of it.
 fn view(all: bool, context: &Context) -> Result<String, CliError> {
     match (all, &context.global.env) {
-        (true, Some(given)) => Err(CliError::usage(format!("--all and -e {given} contradict each other; leave one out"))),
+        (true, Some(given)) => {
+            Err(CliError::usage(format!("--all and -e {given} contradict each other; leave one out")))
+        }
         (true, None) => Ok(String::new()),
         (false, _) => Ok(context.chosen_environment()?.map(|name| name.to_string()).unwrap_or_default()),
     }
@@ -205,7 +207,8 @@ fn readable(line: &str) -> String {
     };
     let ending = if record.outcome.is_empty() { &record.kind } else { &record.outcome };
     let doing = if record.operation.is_empty() { &record.action } else { &record.operation };
-    let about = [known("", &record.environment), known(":", &record.secret), known("#", &record.field)].concat();
+    let about =
+        [known("", &record.environment), known(":", &record.secret), known("#", &record.field)].concat();
     let parts = [
         record.time.clone(),
         ending.clone(),
@@ -220,7 +223,8 @@ fn readable(line: &str) -> String {
         known("request ", &record.request_id),
         if record.detail.is_empty() { String::new() } else { format!("({})", record.detail) },
     ];
-    let parts: Vec<String> = parts.iter().filter(|part| !part.is_empty()).map(|part| printable(part)).collect();
+    let parts: Vec<String> =
+        parts.iter().filter(|part| !part.is_empty()).map(|part| printable(part)).collect();
     parts.join(" ")
 }
 
@@ -243,7 +247,8 @@ async fn verify(args: VerifyArgs, context: &Context) -> Result<Exit, CliError> {
 /// A public key: 64 hexadecimal digits, or the 32 bytes.
 fn read_key(path: &Path) -> Result<VerifyingKey, CliError> {
     const MOST: u64 = 1_024;
-    let refuse = |problem: String| CliError::new(Reason::InvalidKey, format!("{}: {problem}", path.display()));
+    let refuse =
+        |problem: String| CliError::new(Reason::InvalidKey, format!("{}: {problem}", path.display()));
     let mut bytes = Vec::new();
     std::fs::File::open(path)
         .and_then(|file| file.take(MOST).read_to_end(&mut bytes))
@@ -252,7 +257,9 @@ fn read_key(path: &Path) -> Result<VerifyingKey, CliError> {
         Ok(text) if bytes.len() != 32 => VerifyingKey::parse(text),
         _ => VerifyingKey::from_bytes(&bytes),
     };
-    key.map_err(|_| refuse("is no Ed25519 public key; it holds 64 hexadecimal digits, or 32 bytes".to_owned()))
+    key.map_err(|_| {
+        refuse("is no Ed25519 public key; it holds 64 hexadecimal digits, or 32 bytes".to_owned())
+    })
 }
 
 #[derive(Serialize)]
@@ -360,7 +367,8 @@ impl Finding {
 
 impl Instance {
     fn text(&self) -> String {
-        let number = |sequence: Option<u64>| sequence.map_or_else(|| "-".to_owned(), |sequence| sequence.to_string());
+        let number =
+            |sequence: Option<u64>| sequence.map_or_else(|| "-".to_owned(), |sequence| sequence.to_string());
         let (first, last) = (number(self.first_sequence), number(self.last_sequence));
         let hash = self.last_hash.as_deref().unwrap_or("-");
         let ended = if self.clean_shutdown { ", shut down in good order" } else { "" };

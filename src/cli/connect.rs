@@ -55,13 +55,16 @@ fn read_token(path: &Path) -> Result<SecretValue, String> {
         return Err("a token file is a regular file; this is a folder, a pipe or a device".to_owned());
     }
     if found.mode() & 0o077 != 0 {
-        return Err(format!("others may read the token file (mode {:o}); chmod 600 it", found.mode() & 0o777));
+        return Err(format!(
+            "others may read the token file (mode {:o}); chmod 600 it",
+            found.mode() & 0o777
+        ));
     }
     let own = rustix::process::geteuid().as_raw();
     if found.uid() != own && found.uid() != 0 {
         return Err(format!("the token file belongs to uid {}; it must be yours or root's", found.uid()));
     }
-    let mut bytes = Zeroizing::new(Vec::with_capacity(LARGEST_TOKEN + 64));
+    let mut bytes = Zeroizing::new(Vec::<u8>::with_capacity(LARGEST_TOKEN + 64));
     file.take(LARGEST_TOKEN as u64 + 1)
         .read_to_end(&mut bytes)
         .map_err(|error| format!("the token file can't be read: {error}"))?;
@@ -70,7 +73,9 @@ fn read_token(path: &Path) -> Result<SecretValue, String> {
         return Err("the token file is empty; write the token into it".to_owned());
     }
     if bytes.len() > LARGEST_TOKEN {
-        return Err(format!("the token file is larger than {LARGEST_TOKEN} bytes; it holds one token and nothing else"));
+        return Err(format!(
+            "the token file is larger than {LARGEST_TOKEN} bytes; it holds one token and nothing else"
+        ));
     }
     let token = std::str::from_utf8(token).map_err(|_| "the token file does not hold text".to_owned())?;
     SecretValue::text(token.to_owned()).map_err(|error| error.to_string())
@@ -112,14 +117,24 @@ mod tests {
             write(&path, b"canary", mode);
             assert!(refused(&path).contains(shown), "{mode:o}");
         }
-        for (content, part) in
-            [(&b""[..], "empty"), (b"\n", "empty"), (b"\xff\xfe", "text"), (&[b'a'; LARGEST_TOKEN + 1], "larger")]
-        {
+        for (content, part) in [
+            (&b""[..], "empty"),
+            (b"\n", "empty"),
+            (b"\xff\xfe", "text"),
+            (&[b'a'; LARGEST_TOKEN + 1], "larger"),
+        ] {
             write(&path, content, 0o600);
             assert!(refused(&path).contains(part), "{part}");
         }
         let pipe = folder.path().join("pipe");
-        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &pipe,
+            rustix::fs::FileType::Fifo,
+            Mode::from_raw_mode(0o600),
+            0,
+        )
+        .unwrap();
         assert!(refused(&pipe).contains("pipe"));
     }
 

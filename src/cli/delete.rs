@@ -54,7 +54,9 @@ pub(super) async fn run(args: Args, context: &Context) -> Result<Exit, CliError>
     let deletion_at = output::time(answer.into_inner().deletion_at);
     let shape = Deleted { environment: environment.as_str(), name: name.as_str(), deletion_at };
     let until = moment(deletion_at);
-    context.output.answer(&shape, || format!("{name} in {environment}: deleted; it can be restored until {until}"))?;
+    context
+        .output
+        .answer(&shape, || format!("{name} in {environment}: deleted; it can be restored until {until}"))?;
     Ok(Exit::DONE)
 }
 

@@ -51,7 +51,8 @@ async fn described(name: &SecretName, context: &Context) -> Result<Shape, CliErr
         name: name.to_string(),
         reason: context.reason(),
     };
-    let answer = connect(context).await?.secrets().describe_secret(request).await.map_err(ClientError::from)?;
+    let answer =
+        connect(context).await?.secrets().describe_secret(request).await.map_err(ClientError::from)?;
     let found = answer.into_inner();
     Ok(Shape {
         environment: found.environment,

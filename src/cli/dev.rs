@@ -65,7 +65,9 @@ pub(super) async fn run(args: Args, context: &Context) -> Result<Exit, CliError>
     let ended = command(&args, &place, context).await;
     // The receiver is the broker; if it is gone it has ended already, and says how below.
     let _ = stop.send(true);
-    let served = serving.await.map_err(|error| CliError::new(Reason::Internal, format!("the broker failed: {error}")))?;
+    let served = serving
+        .await
+        .map_err(|error| CliError::new(Reason::Internal, format!("the broker failed: {error}")))?;
     let exit = ended?;
     served?;
     Ok(exit)
@@ -81,7 +83,8 @@ struct Place {
 
 impl Place {
     fn of(args: &Args) -> Result<Self, CliError> {
-        let failed = |error: std::io::Error| CliError::new(Reason::Internal, format!("a temporary folder: {error}"));
+        let failed =
+            |error: std::io::Error| CliError::new(Reason::Internal, format!("a temporary folder: {error}"));
         let (directory, temporary) = match &args.data {
             Some(directory) => (directory.clone(), None),
             None => {
@@ -102,7 +105,8 @@ fn resolved(place: &Place, context: &Context) -> Result<Resolved, CliError> {
     let name = context.environ.text("USER")?.map_or_else(|| format!("uid:{uid}"), str::to_owned);
     let groups = ["administrators", "team"].map(str::to_owned).into();
     let you = Caller { uid, kind: PrincipalKind::User, id: name, groups };
-    let unusable = |error: crate::environment::EnvironmentError| CliError::new(Reason::Internal, error.to_string());
+    let unusable =
+        |error: crate::environment::EnvironmentError| CliError::new(Reason::Internal, error.to_string());
     Ok(Resolved {
         root_key: RootKeyChoice::File(place.directory.join("keys/root.key")),
         directory: place.directory.clone(),
@@ -126,9 +130,14 @@ fn announce(place: &Place, doors: &[Bound], context: &Context) {
         Some(_) => "everything is gone when it ends (Ctrl-C)".to_owned(),
         None => format!("everything is kept in {}", place.directory.display()),
     };
-    context.output.notice(&format!("environments development, staging and production hold sample secrets; {kept}"));
+    context
+        .output
+        .notice(&format!("environments development, staging and production hold sample secrets; {kept}"));
     context.output.notice("to use it from another terminal:");
-    context.output.notice(&format!("  export CLAVIGER_ADDR=unix://{} CLAVIGER_ENV=development", absolute(&place.socket)));
+    context.output.notice(&format!(
+        "  export CLAVIGER_ADDR=unix://{} CLAVIGER_ENV=development",
+        absolute(&place.socket)
+    ));
     context.output.notice("  claviger list; claviger get database#host; claviger exec -- env");
 }
 
@@ -147,7 +156,8 @@ async fn command(args: &Args, place: &Place, context: &Context) -> Result<Exit, 
         Some(path) => Manifest::load(path)?,
         None => Manifest::parse(SAMPLE_MANIFEST, "the sample manifest")?,
     };
-    let connection = Connection::open(&Address::Unix(place.socket.clone()), None, context.global.timeout).await?;
+    let connection =
+        Connection::open(&Address::Unix(place.socket.clone()), None, context.global.timeout).await?;
     let variables = exec::variables(&connection, Some(&manifest), &environment, context).await?;
     drop(connection);
     let address = format!("unix://{}", absolute(&place.socket));

@@ -63,7 +63,8 @@ async fn prepare(args: &Args, context: &Context) -> Result<ChildEnvironment, Cli
     let variables = variables(&connection, manifest.as_ref(), &environment, context).await?;
     let existing = if args.parent_wins { Existing::ParentWins } else { Existing::SecretWins };
     let parent = context.environ.iter().map(|(name, value)| (name.to_owned(), value.to_owned()));
-    let (child, notices) = inject::compose(parent, &variables, Options { pristine: args.pristine, existing })?;
+    let (child, notices) =
+        inject::compose(parent, &variables, Options { pristine: args.pristine, existing })?;
     notices.iter().for_each(|notice| context.output.notice(&notice.to_string()));
     Ok(child)
 }
@@ -72,8 +73,9 @@ fn manifest(args: &Args) -> Result<Option<Manifest>, CliError> {
     let path = match &args.manifest {
         Some(path) => Some(path.clone()),
         None => {
-            let here = std::fs::canonicalize(".")
-                .map_err(|error| CliError::usage(format!("the current folder can't be read: {error}; name a manifest with -m")))?;
+            let here = std::fs::canonicalize(".").map_err(|error| {
+                CliError::usage(format!("the current folder can't be read: {error}; name a manifest with -m"))
+            })?;
             find_manifest(&here)?
         }
     };
@@ -84,11 +86,13 @@ fn manifest(args: &Args) -> Result<Option<Manifest>, CliError> {
 /// caller's own or root's: anyone may leave one in a shared folder, and it decides what a command finds.
 fn find_manifest(here: &Path) -> Result<Option<PathBuf>, CliError> {
     let mut places = here.ancestors().map(|folder| folder.join(MANIFEST));
-    let Some((path, found)) = places.find_map(|path| Some((path.clone(), std::fs::metadata(&path).ok()?))) else {
+    let Some((path, found)) = places.find_map(|path| Some((path.clone(), std::fs::metadata(&path).ok()?)))
+    else {
         return Ok(None);
     };
     if !belongs(found.uid(), rustix::process::geteuid().as_raw()) {
-        let problem = format!("belongs to uid {}, not to you; where you trust it, name it with -m", found.uid());
+        let problem =
+            format!("belongs to uid {}, not to you; where you trust it, name it with -m", found.uid());
         return Err(CliError::file(&path, problem));
     }
     Ok(Some(path))
@@ -172,7 +176,8 @@ async fn everything(
     for result in batch(connection, request, context).await? {
         match result.and_then(|(name, value)| Ok((name, value?))) {
             Ok((name, value)) => {
-                let name = SecretName::parse(&name).map_err(|_| ClientError::malformed("has a name that is none"))?;
+                let name = SecretName::parse(&name)
+                    .map_err(|_| ClientError::malformed("has a name that is none"))?;
                 secrets.push((name, value));
             }
             Err(error) => problems.push(error),
@@ -212,7 +217,9 @@ async fn batch(
     });
     let results = results.collect();
     if stale > 0 {
-        context.output.notice(&format!("the store can't be reached; {stale} values are past their time to live"));
+        context
+            .output
+            .notice(&format!("the store can't be reached; {stale} values are past their time to live"));
     }
     Ok(results)
 }
@@ -241,7 +248,10 @@ fn started_nothing(count: usize, what: &str, lines: &str) -> String {
 ///
 /// # Errors
 /// Where the command can't be run or waited for.
-pub(super) async fn run_to_its_end(command: &[OsString], environment: ChildEnvironment) -> Result<Exit, CliError> {
+pub(super) async fn run_to_its_end(
+    command: &[OsString],
+    environment: ChildEnvironment,
+) -> Result<Exit, CliError> {
     // Before there is a child, so that none is lost.
     let mut signals = Signals::catch()?;
     let mut child = inject::exec::spawn(command, environment).map_err(|error| not_run(&error))?;
@@ -280,7 +290,9 @@ struct Signals {
 impl Signals {
     fn catch() -> Result<Self, CliError> {
         let catch = |kind| {
-            unix::signal(kind).map_err(|error| CliError::new(Reason::Internal, format!("signals can't be handled: {error}")))
+            unix::signal(kind).map_err(|error| {
+                CliError::new(Reason::Internal, format!("signals can't be handled: {error}"))
+            })
         };
         Ok(Self {
             terminate: catch(SignalKind::terminate())?,

@@ -122,7 +122,10 @@ impl CliError {
             io::ErrorKind::BrokenPipe => {
                 Self { reason: None, message: String::new(), request_id: None, exit: Exit::PIPE_CLOSED }
             }
-            _ => Self::new(Reason::Internal, format!("the output can't be written: {error}; look where it goes")),
+            _ => Self::new(
+                Reason::Internal,
+                format!("the output can't be written: {error}; look where it goes"),
+            ),
         }
     }
 
@@ -161,7 +164,8 @@ mod tests {
 
     #[test]
     fn every_promised_code_is_reached_and_no_other() {
-        let codes: std::collections::BTreeSet<u8> = Reason::ALL.iter().map(|reason| Exit::of(*reason).0).collect();
+        let codes: std::collections::BTreeSet<u8> =
+            Reason::ALL.iter().map(|reason| Exit::of(*reason).0).collect();
         assert_eq!(codes.into_iter().collect::<Vec<_>>(), [1, 2, 3, 4, 5, 6, 7]);
     }
 

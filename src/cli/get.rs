@@ -164,12 +164,20 @@ mod tests {
         let from = |reference: &Reference, arguments: &[&str]| {
             environment_of(reference, &context(arguments, &[("CLAVIGER_ENV", "development")]))
         };
-        assert_eq!(from(&named, &[]).unwrap().as_str(), "staging", "a reference is more precise than a variable");
+        assert_eq!(
+            from(&named, &[]).unwrap().as_str(),
+            "staging",
+            "a reference is more precise than a variable"
+        );
         assert_eq!(from(&named, &["-e", "staging"]).unwrap().as_str(), "staging");
         assert_eq!(from(&bare, &[]).unwrap().as_str(), "development");
         let error = from(&named, &["-e", "production"]).unwrap_err();
         assert_eq!(error.exit(), Exit::USAGE);
-        assert!(error.message.contains("staging") && error.message.contains("production"), "{}", error.message);
+        assert!(
+            error.message.contains("staging") && error.message.contains("production"),
+            "{}",
+            error.message
+        );
     }
 
     #[test]

@@ -106,7 +106,9 @@ fn text(secrets: &[Listed], with_deleted: bool) -> String {
     let changed = |secret: &Listed| moment(secret.changed_at);
     match (secrets.is_empty(), with_deleted) {
         (true, _) => String::new(),
-        (false, false) => table(["NAME", "CHANGED"], secrets.iter().map(|secret| [secret.name.clone(), changed(secret)])),
+        (false, false) => {
+            table(["NAME", "CHANGED"], secrets.iter().map(|secret| [secret.name.clone(), changed(secret)]))
+        }
         (false, true) => table(
             ["NAME", "CHANGED", "GONE AT"],
             secrets.iter().map(|secret| [secret.name.clone(), changed(secret), moment(secret.deletion_at)]),

@@ -35,7 +35,7 @@ use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 
 use crate::client::LONGEST_DEADLINE;
 use crate::clock::{SharedClock, SystemClock, parse_duration};
-use crate::crypto::memory::harden_process;
+use crate::crypto::harden_process;
 use crate::error::{Reason, Reasoned as _};
 use crate::secret::EnvironmentName;
 
@@ -66,11 +66,12 @@ pub fn run(
             (output, output.clap(&error).map(|()| exit))
         }
     };
-    result.unwrap_or_else(|error| {
-        output.error(&error);
-        error.exit()
-    })
-    .into()
+    result
+        .unwrap_or_else(|error| {
+            output.error(&error);
+            error.exit()
+        })
+        .into()
 }
 
 /// Before the first secret is read: no core dump, no debugger of the same user. What `exec` becomes must not inherit a
@@ -121,7 +122,8 @@ async fn dispatch(command: Command, context: &Context) -> Result<Exit, CliError>
 const ENDINGS: &str = "Exit codes: 0 done, 2 usage, 3 denied, 4 not found, 5 unavailable, 6 conflict, 7 approval needed, \
                        1 anything else. `exec` ends as its command does; 125, 126 and 127 say that it did not run.";
 
-const ABOUT: &str = "A secrets broker: secrets per environment, under policy, with a tamper-evident audit log";
+const ABOUT: &str =
+    "A secrets broker: secrets per environment, under policy, with a tamper-evident audit log";
 
 #[derive(clap::Parser)]
 #[command(name = "claviger", version, about = ABOUT, max_term_width = 100, after_help = ENDINGS)]
@@ -330,7 +332,9 @@ mod tests {
 
     #[test]
     fn global_options_stand_on_either_side_of_the_subcommand() {
-        for arguments in [["claviger", "-e", "staging", "get", "db"], ["claviger", "get", "db", "-e", "staging"]] {
+        for arguments in
+            [["claviger", "-e", "staging", "get", "db"], ["claviger", "get", "db", "-e", "staging"]]
+        {
             let cli = Cli::try_parse_from(arguments).ok().unwrap();
             assert_eq!(cli.global.env.unwrap().as_str(), "staging");
             assert_eq!(cli.global.timeout, Duration::from_secs(30));
@@ -378,7 +382,9 @@ mod tests {
 
     #[test]
     fn one_newline_is_cut() {
-        for (from, to) in [("a\n", "a"), ("a\r\n", "a"), ("a\n\n", "a\n"), ("a", "a"), ("a\r", "a\r"), ("", ""), ("\n", "")] {
+        for (from, to) in
+            [("a\n", "a"), ("a\r\n", "a"), ("a\n\n", "a\n"), ("a", "a"), ("a\r", "a\r"), ("", ""), ("\n", "")]
+        {
             assert_eq!(without_newline(from.as_bytes()), to.as_bytes(), "{from:?}");
         }
     }

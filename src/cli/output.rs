@@ -50,7 +50,11 @@ impl Output {
     }
 
     /// The answer: `shape` for programs, `text` for people.
-    pub(crate) fn answer<T: Serialize>(self, shape: &T, text: impl FnOnce() -> String) -> Result<(), CliError> {
+    pub(crate) fn answer<T: Serialize>(
+        self,
+        shape: &T,
+        text: impl FnOnce() -> String,
+    ) -> Result<(), CliError> {
         match self.format {
             Format::Json => self.json(shape),
             Format::Text => self.text(&text()),
@@ -74,9 +78,10 @@ impl Output {
     /// The same for a document that holds a value: the buffer of `capacity` bytes is wiped, and where the document
     /// fits, it never moves.
     pub(crate) fn secret_json<T: Serialize>(self, shape: &T, capacity: usize) -> Result<(), CliError> {
-        let mut document = Zeroizing::new(Vec::with_capacity(capacity));
-        serde_json::to_writer(&mut *document, shape)
-            .map_err(|error| CliError::new(Reason::Internal, format!("the answer can't be written as JSON: {error}")))?;
+        let mut document = Zeroizing::new(Vec::<u8>::with_capacity(capacity));
+        serde_json::to_writer(&mut *document, shape).map_err(|error| {
+            CliError::new(Reason::Internal, format!("the answer can't be written as JSON: {error}"))
+        })?;
         document.push(b'\n');
         self.bytes(&document)
     }
@@ -127,7 +132,9 @@ impl Output {
         }
         self.stderr(&format!("claviger: {} [y/N] ", printable(question)));
         let mut answer = String::new();
-        io::stdin().read_line(&mut answer).map_err(|error| CliError::usage(format!("no answer: {error}; say --yes")))?;
+        io::stdin()
+            .read_line(&mut answer)
+            .map_err(|error| CliError::usage(format!("no answer: {error}; say --yes")))?;
         Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
     }
 
@@ -152,7 +159,8 @@ fn ask_hidden(prompt: &str) -> Result<Zeroizing<String>, CliError> {
 fn error_text(reason: Reason, error: &CliError) -> String {
     let mut lines = error.message.lines().map(printable);
     let first = lines.next().unwrap_or_default();
-    let request = error.request_id.as_deref().map(|id| format!(" (request {})", printable(id))).unwrap_or_default();
+    let request =
+        error.request_id.as_deref().map(|id| format!(" (request {})", printable(id))).unwrap_or_default();
     let rest: String = lines.map(|line| format!("  {}\n", line.trim_start())).collect();
     format!("claviger: {first} [{reason}]{request}\n{rest}")
 }
@@ -190,7 +198,10 @@ pub(crate) fn printable(text: &str) -> String {
 }
 
 /// Columns of plain text under a header. The last column is not padded.
-pub(crate) fn table<const N: usize>(header: [&str; N], rows: impl IntoIterator<Item = [String; N]>) -> String {
+pub(crate) fn table<const N: usize>(
+    header: [&str; N],
+    rows: impl IntoIterator<Item = [String; N]>,
+) -> String {
     let rows: Vec<[String; N]> = [header.map(str::to_owned)]
         .into_iter()
         .chain(rows.into_iter().map(|row| row.map(|cell| printable(&cell))))
@@ -203,7 +214,8 @@ pub(crate) fn table<const N: usize>(header: [&str; N], rows: impl IntoIterator<I
     }
     let mut text = String::new();
     for row in &rows {
-        let cells: Vec<String> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        let cells: Vec<String> =
+            row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
         text.push_str(cells.join("  ").trim_end());
         text.push('\n');
     }

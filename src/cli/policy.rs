@@ -7,8 +7,8 @@
 //!           "policies":[{"id","file","effect":"permit"|"forbid","satisfied","decided","error"}]}
 //! ```
 //!
-//! Files alone don't say which environments a broker declares. Offline they are `development`, `staging` and a
-//! protected `production`, unless `--declare` names others.
+//! Files alone don't say which environments a broker declares. Offline they are those that the shipped expectations
+//! suppose (`development`, `staging`, `pr-1234` and a protected `production`), unless `--declare` names others.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -29,6 +29,9 @@ use crate::policy::{
 };
 use crate::proto::v1;
 use crate::secret::{EnvironmentName, SecretId, SecretName};
+
+/// What is declared where nothing is said.
+const SUPPOSED: [&str; 4] = ["development", "staging", "pr-1234", "production:protected"];
 
 /// What can be done with policies.
 #[derive(clap::Subcommand)]
@@ -54,7 +57,7 @@ pub(super) struct FilesArgs {
 /// Which environments there are, where no broker says so.
 #[derive(clap::Args)]
 pub(super) struct DeclaredArgs {
-    /// Environment to suppose, instead of development, staging and production:protected; may be repeated
+    /// Environment to suppose, instead of development, staging, pr-1234 and production:protected; may be repeated
     #[arg(long = "declare", value_name = "ENV[:protected]", value_parser = parse_declared)]
     declared: Vec<Environment>,
 }
@@ -174,7 +177,11 @@ impl Case {
         let name = printable(&self.name);
         match self.passed {
             true => format!("ok    {name}"),
-            false => format!("FAIL  {name}: expected {}, found {}", printable(&self.expected), printable(&self.found)),
+            false => format!(
+                "FAIL  {name}: expected {}, found {}",
+                printable(&self.expected),
+                printable(&self.found)
+            ),
         }
     }
 }
@@ -189,7 +196,7 @@ impl DeclaredArgs {
         if !self.declared.is_empty() {
             return self.declared;
         }
-        ["development", "staging", "production:protected"].into_iter().filter_map(|text| parse_declared(text).ok()).collect()
+        SUPPOSED.iter().filter_map(|text| parse_declared(text).ok()).collect()
     }
 }
 
@@ -277,7 +284,11 @@ struct Policy {
 }
 
 impl Explained {
-    fn from_answer(answer: v1::ExplainResponse, action: Action, resource: &Resource) -> Result<Self, CliError> {
+    fn from_answer(
+        answer: v1::ExplainResponse,
+        action: Action,
+        resource: &Resource,
+    ) -> Result<Self, CliError> {
         let approvals = u8::try_from(answer.approvals).unwrap_or(u8::MAX);
         let effect = match answer.effect() {
             v1::Effect::Allow => Effect::Allow,
@@ -296,7 +307,12 @@ impl Explained {
         Ok(Self::new(effect, answer.principal, action, resource, policies.collect()))
     }
 
-    fn from_files(explanation: Explanation, principal: &Principal, action: Action, resource: &Resource) -> Self {
+    fn from_files(
+        explanation: Explanation,
+        principal: &Principal,
+        action: Action,
+        resource: &Resource,
+    ) -> Self {
         let policies = explanation.policies.into_iter().map(|policy| Policy {
             id: policy.id.to_string(),
             file: policy.file.to_string(),
@@ -308,7 +324,13 @@ impl Explained {
         Self::new(explanation.effect, principal.to_string(), action, resource, policies.collect())
     }
 
-    fn new(effect: Effect, principal: String, action: Action, resource: &Resource, policies: Vec<Policy>) -> Self {
+    fn new(
+        effect: Effect,
+        principal: String,
+        action: Action,
+        resource: &Resource,
+        policies: Vec<Policy>,
+    ) -> Self {
         let approvals = match effect {
             Effect::ApprovalRequired(approvals) => approvals,
             Effect::Allow | Effect::Deny => 0,
@@ -331,7 +353,8 @@ impl Explained {
         if self.policies.is_empty() {
             return text + "no policy applies, and what is not permitted is denied\n";
         }
-        text + "\n" + &table(["POLICY", "FILE", "EFFECT", "CONDITIONS", ""], self.policies.iter().map(Policy::row))
+        text + "\n"
+            + &table(["POLICY", "FILE", "EFFECT", "CONDITIONS", ""], self.policies.iter().map(Policy::row))
     }
 }
 
@@ -395,7 +418,10 @@ mod tests {
         }
         let supposed = DeclaredArgs { declared: Vec::new() }.environments();
         let shown: Vec<_> = supposed.iter().map(|e| (e.name.as_str(), e.protected)).collect();
-        assert_eq!(shown, [("development", false), ("staging", false), ("production", true)]);
+        assert_eq!(
+            shown,
+            [("development", false), ("staging", false), ("pr-1234", false), ("production", true)]
+        );
     }
 
     #[test]
@@ -448,7 +474,11 @@ mod tests {
         std::fs::write(folder.path().join("tests/wrong.toml"), case).unwrap();
         let tested = Checked::of(files(), &context, true).unwrap();
         assert_eq!((tested.passed, tested.failed, tested.exit()), (0, 1, Exit::FAULTS));
-        assert!(tested.text(false).contains("FAIL  strangers read: expected allow, found deny"), "{}", tested.text(false));
+        assert!(
+            tested.text(false).contains("FAIL  strangers read: expected allow, found deny"),
+            "{}",
+            tested.text(false)
+        );
         let args = ExplainArgs {
             subject: Some((PrincipalKind::User, "nobody".to_owned())),
             folder: Some(folder.path().to_owned()),

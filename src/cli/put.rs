@@ -128,7 +128,10 @@ fn retriable(error: ClientError, token: &VersionId) -> CliError {
 /// The credential and the id that a version is written under are both called tokens; one must not become the other.
 fn parse_request_token(text: &str) -> Result<VersionId, String> {
     if text.starts_with("clv_") {
-        return Err("looks like a credential, which would be stored as the version's id; give that with --token-file".to_owned());
+        return Err(
+            "looks like a credential, which would be stored as the version's id; give that with --token-file"
+                .to_owned(),
+        );
     }
     VersionId::parse(text).map_err(|error| error.to_string())
 }
@@ -155,16 +158,23 @@ fn value(args: &Args, context: &Context) -> Result<SecretValue, CliError> {
 /// One byte more than is permitted, so that too much is noticed and not cut.
 fn read_bounded(from: impl Read) -> io::Result<Zeroizing<Vec<u8>>> {
     // Room for the whole: a buffer that grew would leave copies behind.
-    let mut bytes = Zeroizing::new(Vec::with_capacity(MAX_VALUE_BYTES + 64));
+    let mut bytes = Zeroizing::new(Vec::<u8>::with_capacity(MAX_VALUE_BYTES + 64));
     from.take(MAX_VALUE_BYTES as u64 + 2).read_to_end(&mut bytes)?;
     Ok(bytes)
 }
 
 /// The value as it will be stored, and what is worth a word.
-fn checked(bytes: &[u8], from_stdin: bool, args: &Args) -> Result<(SecretValue, Vec<&'static str>), CliError> {
+fn checked(
+    bytes: &[u8],
+    from_stdin: bool,
+    args: &Args,
+) -> Result<(SecretValue, Vec<&'static str>), CliError> {
     let stored = if args.trim { without_newline(bytes) } else { bytes };
     if stored.is_empty() && !args.allow_empty {
-        return Err(CliError::new(Reason::ValueEmpty, "the value is empty; say --allow-empty where that is meant"));
+        return Err(CliError::new(
+            Reason::ValueEmpty,
+            "the value is empty; say --allow-empty where that is meant",
+        ));
     }
     let value = match args.binary {
         true => SecretValue::binary(stored.to_vec())?,

@@ -38,7 +38,8 @@ pub(super) async fn run(args: Args, context: &Context) -> Result<Exit, CliError>
         reason: context.reason(),
         approval_id: String::new(),
     };
-    let answer = connect(context).await?.secrets().rollback_secret(request).await.map_err(ClientError::from)?;
+    let answer =
+        connect(context).await?.secrets().rollback_secret(request).await.map_err(ClientError::from)?;
     let answer = answer.into_inner();
     let version = answer.version.ok_or_else(|| ClientError::malformed("holds no version"))?;
     let superseded = answer.superseded_version_id;

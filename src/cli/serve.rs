@@ -7,8 +7,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use zeroize::Zeroizing;
 
-use super::exit::{CliError, Exit};
 use super::Context;
+use super::exit::{CliError, Exit};
 use crate::config::Raw;
 use crate::config::assembly::Running;
 use crate::error::Reason;
@@ -49,7 +49,8 @@ pub(super) fn variables(context: &Context) -> impl Fn(&str) -> Option<Zeroizing<
 
 /// Turns true with the first SIGTERM or SIGINT.
 pub(super) fn stop_on_signal() -> Result<watch::Receiver<bool>, CliError> {
-    let failed = |error: std::io::Error| CliError::new(Reason::Internal, format!("signals can't be handled: {error}"));
+    let failed =
+        |error: std::io::Error| CliError::new(Reason::Internal, format!("signals can't be handled: {error}"));
     let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
     let (stop, stopped) = watch::channel(false);

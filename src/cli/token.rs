@@ -99,7 +99,10 @@ fn created(token: &Token, secret: &Zeroizing<String>, output: Output) -> Result<
         return output.secret_json(&shape, 64 * 1024);
     }
     let (id, principal, expires) = (&token.id, &token.principal, moment(token.expires_at));
-    output.notice(&format!("token {id} for {} {principal}, until {expires}; it is shown this once", token.kind));
+    output.notice(&format!(
+        "token {id} for {} {principal}, until {expires}; it is shown this once",
+        token.kind
+    ));
     output.bytes(secret.as_bytes())?;
     output.bytes(b"\n")
 }
@@ -137,7 +140,12 @@ impl SubjectArgs {
             (Some(id), _) => (v1::PrincipalKind::User, id),
             (None, id) => (v1::PrincipalKind::Workload, id.unwrap_or_default()),
         };
-        Ok(v1::Subject { kind: kind.into(), id, groups: self.groups, claims: claims(self.claims)?.into_iter().collect() })
+        Ok(v1::Subject {
+            kind: kind.into(),
+            id,
+            groups: self.groups,
+            claims: claims(self.claims)?.into_iter().collect(),
+        })
     }
 }
 
@@ -231,7 +239,9 @@ fn text(tokens: &[Token], clock: &SharedClock) -> String {
     };
     match tokens {
         [] => String::new(),
-        tokens => table(["ID", "STANDS FOR", "GROUPS", "STATE", "EXPIRES", "ISSUED BY"], tokens.iter().map(row)),
+        tokens => {
+            table(["ID", "STANDS FOR", "GROUPS", "STATE", "EXPIRES", "ISSUED BY"], tokens.iter().map(row))
+        }
     }
 }
 
@@ -260,7 +270,8 @@ mod tests {
     fn a_token_is_valid_expired_or_revoked() {
         let clock: SharedClock = ManualClock::new(Timestamp::from_second(100).unwrap());
         let shown = text(&[token("a", 200, None), token("b", 100, None), token("c", 200, Some(50))], &clock);
-        let states: Vec<_> = shown.lines().skip(1).filter_map(|line| line.split("  ").nth(3)).collect();
+        let states: Vec<_> =
+            shown.lines().skip(1).filter_map(|line| line.split_whitespace().nth(4)).collect();
         assert_eq!(states, ["valid", "expired", "revoked"], "{shown}");
         assert_eq!(text(&[], &clock), "");
     }

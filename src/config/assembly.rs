@@ -64,7 +64,9 @@ pub enum StartError {
     #[error(transparent)]
     Audit(#[from] AuditError),
     /// The key-value store is older than what the audit log vouches for.
-    #[error("{path} is at revision {found}, but the audit log has seen revision {anchored}: it was brought back from the past; restore the newer file, or move the audit folder away to accept the loss")]
+    #[error(
+        "{path} is at revision {found}, but the audit log has seen revision {anchored}: it was brought back from the past; restore the newer file, or move the audit folder away to accept the loss"
+    )]
     RolledBack {
         /// The database.
         path: String,
@@ -169,7 +171,14 @@ impl Running {
             clock,
         }));
         broker.record_policy_loaded("start").await?;
-        Ok(Self { broker, warnings, identity: Arc::new(Chain::new(chain)), kv, sealed, policy: resolved.policy.clone() })
+        Ok(Self {
+            broker,
+            warnings,
+            identity: Arc::new(Chain::new(chain)),
+            kv,
+            sealed,
+            policy: resolved.policy.clone(),
+        })
     }
 
     /// Serves until `shutdown` says true; then drains, signs the audit log off and closes the store.
@@ -184,10 +193,15 @@ impl Running {
     ) -> Result<(), StartError> {
         let _reloading = reload::on_change(Arc::clone(&self.broker), &self.policy, shutdown.clone())?;
         let registry = self.broker.registry().clone();
-        let kept =
-            tokio::spawn(housekeeping::run(self.kv.clone(), Arc::clone(&self.sealed), registry, shutdown.clone()));
+        let kept = tokio::spawn(housekeeping::run(
+            self.kv.clone(),
+            Arc::clone(&self.sealed),
+            registry,
+            shutdown.clone(),
+        ));
         let served =
-            server::serve(Arc::clone(&self.broker), Arc::clone(&self.identity), doors, limits, shutdown).await;
+            server::serve(Arc::clone(&self.broker), Arc::clone(&self.identity), doors, limits, shutdown)
+                .await;
         kept.abort();
         let stopped = self.stop().await;
         served?;
@@ -223,7 +237,10 @@ fn private_folder(path: &Path) -> Result<(), StartError> {
         return Err(refuse("is not a folder".to_owned()));
     }
     if found.mode() & 0o022 != 0 {
-        return Err(refuse(format!("mode {:04o} lets others write; run `chmod go-w` on it", found.mode() & 0o7777)));
+        return Err(refuse(format!(
+            "mode {:04o} lets others write; run `chmod go-w` on it",
+            found.mode() & 0o7777
+        )));
     }
     Ok(())
 }
@@ -272,17 +289,27 @@ fn root_key(
             // Made only for a store that holds nothing yet: a new key for old data would lock everyone out.
             if fresh && !path.exists() {
                 RootKey::generate()?.create_file(path)?;
-                warnings.push(format!("made a new root key in {}; keep a copy elsewhere, without it every sealed value is lost", path.display()));
+                warnings.push(format!(
+                    "made a new root key in {}; keep a copy elsewhere, without it every sealed value is lost",
+                    path.display()
+                ));
             }
             RootKeySource::File(path.clone())
         }
         RootKeyChoice::SystemdCredential(name) => {
-            let missing = || StartError::NoKey("CREDENTIALS_DIRECTORY is not set; start under systemd with LoadCredential=, or set root_key.file".to_owned());
+            let missing = || {
+                StartError::NoKey("CREDENTIALS_DIRECTORY is not set; start under systemd with LoadCredential=, or set root_key.file".to_owned())
+            };
             let directory = PathBuf::from(variable("CREDENTIALS_DIRECTORY").ok_or_else(missing)?.as_str());
             RootKeySource::SystemdCredential { directory, name: name.clone() }
         }
         RootKeyChoice::Environment(name) => {
-            let missing = || StartError::NoKey(format!("environment variable `{}` is not set; set it to 64 hex digits", name.escape_default()));
+            let missing = || {
+                StartError::NoKey(format!(
+                    "environment variable `{}` is not set; set it to 64 hex digits",
+                    name.escape_default()
+                ))
+            };
             RootKeySource::EnvironmentValue { name: name.clone(), value: variable(name).ok_or_else(missing)? }
         }
     };

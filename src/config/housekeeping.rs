@@ -48,7 +48,9 @@ async fn remove_what_is_gone(sealed: &Sealed, registry: &Registry) {
             Ok(removed) => {
                 tracing::info!(environment = %environment.name, removed, "removed secrets whose recovery window is over");
             }
-            Err(error) => tracing::error!(%error, environment = %environment.name, "deleted secrets could not be removed"),
+            Err(error) => {
+                tracing::error!(%error, environment = %environment.name, "deleted secrets could not be removed")
+            }
         }
     }
 }

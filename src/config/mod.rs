@@ -171,11 +171,13 @@ impl Raw {
         let limits = limits(&self.listen)?;
         let instance = self.audit.instance.unwrap_or_else(|| "broker".to_owned());
         // A folder's name on the disk, so it follows the strictest grammar at hand.
-        EnvironmentName::parse(&instance)
-            .map_err(|_| ConfigError::new("audit.instance", "must be 1 to 63 of a-z, 0-9 and inner hyphens"))?;
+        EnvironmentName::parse(&instance).map_err(|_| {
+            ConfigError::new("audit.instance", "must be 1 to 63 of a-z, 0-9 and inner hyphens")
+        })?;
         let retention = match self.audit.retention {
             None => Resolved::RETENTION,
-            Some(text) => parse_duration(&text).map_err(|error| ConfigError::new("audit.retention", error.to_string()))?,
+            Some(text) => parse_duration(&text)
+                .map_err(|error| ConfigError::new("audit.retention", error.to_string()))?,
         };
         if retention < Duration::from_secs(86_400) {
             return Err(ConfigError::new("audit.retention", "must be a day or more"));
@@ -210,7 +212,8 @@ fn limits(listen: &RawListen) -> Result<Limits, ConfigError> {
         limits.connections = connections;
     }
     if let Some(drain) = &listen.drain {
-        limits.drain = parse_duration(drain).map_err(|error| ConfigError::new("listen.drain", error.to_string()))?;
+        limits.drain =
+            parse_duration(drain).map_err(|error| ConfigError::new("listen.drain", error.to_string()))?;
     }
     Ok(limits)
 }
@@ -221,18 +224,24 @@ fn listen(raw: RawListen) -> Result<Vec<Listen>, ConfigError> {
         None => 0o660,
         Some(text) => match u32::from_str_radix(text, 8) {
             Ok(mode) if mode <= 0o777 => mode,
-            _ => return Err(ConfigError::new("listen.unix_mode", "must be octal permission bits, for example \"0660\"")),
+            _ => {
+                return Err(ConfigError::new(
+                    "listen.unix_mode",
+                    "must be octal permission bits, for example \"0660\"",
+                ));
+            }
         },
     };
     if let Some(path) = raw.unix {
         listen.push(Listen::Unix { path, mode });
     }
     if let Some(text) = raw.tcp {
-        let address: SocketAddr = text
-            .parse()
-            .map_err(|_| ConfigError::new("listen.tcp", "must be ADDRESS:PORT, for example \"127.0.0.1:7340\""))?;
+        let address: SocketAddr = text.parse().map_err(|_| {
+            ConfigError::new("listen.tcp", "must be ADDRESS:PORT, for example \"127.0.0.1:7340\"")
+        })?;
         if !address.ip().is_loopback() {
-            let problem = "is not a loopback address, and without TLS secrets would cross the network in the clear";
+            let problem =
+                "is not a loopback address, and without TLS secrets would cross the network in the clear";
             return Err(ConfigError::new("listen.tcp", problem));
         }
         listen.push(Listen::Tcp(address));
@@ -246,8 +255,12 @@ fn listen(raw: RawListen) -> Result<Vec<Listen>, ConfigError> {
 fn root_key(raw: RawRootKey) -> Result<RootKeyChoice, ConfigError> {
     match (raw.file, raw.systemd_credential, raw.environment) {
         (Some(file), None, None) => Ok(RootKeyChoice::File(file)),
-        (None, Some(name), None) if !name.contains('/') && !name.is_empty() => Ok(RootKeyChoice::SystemdCredential(name)),
-        (None, Some(_), None) => Err(ConfigError::new("root_key.systemd_credential", "is a credential's name, not a path")),
+        (None, Some(name), None) if !name.contains('/') && !name.is_empty() => {
+            Ok(RootKeyChoice::SystemdCredential(name))
+        }
+        (None, Some(_), None) => {
+            Err(ConfigError::new("root_key.systemd_credential", "is a credential's name, not a path"))
+        }
         (None, None, Some(name)) => Ok(RootKeyChoice::Environment(name)),
         _ => Err(ConfigError::new("root_key", "set exactly one of file, systemd_credential and environment")),
     }

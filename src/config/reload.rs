@@ -56,12 +56,19 @@ async fn reload(
         while tokio::time::timeout(QUIET, changes.recv()).await.is_ok_and(|change| change.is_some()) {}
         match broker.reload_policy_unasked(cause).await {
             Ok(reloaded) => {
-                tracing::info!(generation = reloaded.generation, policies = reloaded.policies, cause, "policies reloaded");
+                tracing::info!(
+                    generation = reloaded.generation,
+                    policies = reloaded.policies,
+                    cause,
+                    "policies reloaded"
+                );
                 for warning in reloaded.warnings {
                     tracing::warn!("{warning}");
                 }
             }
-            Err(error) => tracing::error!(%error, cause, "policies not reloaded; the last good set stays in force"),
+            Err(error) => {
+                tracing::error!(%error, cause, "policies not reloaded; the last good set stays in force")
+            }
         }
     }
 }

@@ -65,10 +65,7 @@ fn samples(environment: &str) -> Result<[(&'static str, serde_json::Value); 4], 
         ),
         ("redis", json!({ "host": host("redis"), "port": 6379, "password": password()? })),
         ("jwt", json!({ "secret": signing_key()?, "refresh_secret": signing_key()? })),
-        (
-            "api-keys",
-            json!({ "market_data": password()?, "news": password()?, "email": password()? }),
-        ),
+        ("api-keys", json!({ "market_data": password()?, "news": password()?, "email": password()? })),
     ])
 }
 

@@ -47,9 +47,12 @@ impl PeerCredentials {
         let mut callers = HashMap::new();
         for caller in config.callers {
             let uid = caller.uid;
-            let principal = Principal::new(caller.kind, caller.id, caller.groups, BTreeMap::new(), proof(uid));
+            let principal =
+                Principal::new(caller.kind, caller.id, caller.groups, BTreeMap::new(), proof(uid));
             if callers.insert(uid, Arc::new(principal)).is_some() {
-                return Err(format!("identity.peer_credentials.callers: uid {uid} stands twice; keep one table"));
+                return Err(format!(
+                    "identity.peer_credentials.callers: uid {uid} stands twice; keep one table"
+                ));
             }
         }
         Ok(Self { callers })

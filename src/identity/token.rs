@@ -264,7 +264,8 @@ impl Known {
             .ok_or_else(|| TokenError::Internal(format!("token {}: its hash is malformed", record.id)))?;
         let proof = Proof { method: "token", detail: record.id.clone() };
         let (groups, claims) = (record.groups.clone(), record.claims.clone());
-        let principal = Arc::new(Principal::new(record.kind, record.principal.clone(), groups, claims, proof));
+        let principal =
+            Arc::new(Principal::new(record.kind, record.principal.clone(), groups, claims, proof));
         Ok(Self { record, hash, principal })
     }
 }
@@ -301,10 +302,18 @@ fn check(request: &TokenRequest) -> Result<(), TokenError> {
         return refuse("subject.id", "must be 1 to 128 printable ASCII characters without spaces");
     }
     if request.groups.len() > MAX_GROUPS || !request.groups.iter().all(|group| word(group)) {
-        return refuse("subject.groups", "must be at most 64 of 1 to 128 printable ASCII characters without spaces");
+        return refuse(
+            "subject.groups",
+            "must be at most 64 of 1 to 128 printable ASCII characters without spaces",
+        );
     }
-    if request.claims.len() > MAX_GROUPS || !request.claims.iter().all(|(name, value)| word(name) && word(value)) {
-        return refuse("subject.claims", "must be at most 64, names and values printable ASCII without spaces");
+    if request.claims.len() > MAX_GROUPS
+        || !request.claims.iter().all(|(name, value)| word(name) && word(value))
+    {
+        return refuse(
+            "subject.claims",
+            "must be at most 64, names and values printable ASCII without spaces",
+        );
     }
     if request.expires_in < SHORTEST || request.expires_in > LONGEST {
         return refuse("expires_in", "must be 1 minute to 400 days, for example `12h` or `30d`");

@@ -65,7 +65,9 @@ impl Label {
             return refuse(format!("character {position} ({c}) is not one of A-Z, a-z, 0-9 and /_+=.@-"));
         }
         if text.starts_with("AWS") {
-            return refuse("starts with `AWS` and is none of AWSCURRENT, AWSPENDING and AWSPREVIOUS".to_owned());
+            return refuse(
+                "starts with `AWS` and is none of AWSCURRENT, AWSPENDING and AWSPREVIOUS".to_owned(),
+            );
         }
         Ok(Self::Custom(CustomLabel(text.into())))
     }
@@ -144,7 +146,9 @@ pub enum LabelError {
         expected: String,
     },
     /// AWSPENDING is another version's claim.
-    #[error("AWSPENDING is on version {holder}, another change in progress; finish it or move the label away first")]
+    #[error(
+        "AWSPENDING is on version {holder}, another change in progress; finish it or move the label away first"
+    )]
     PendingHeld {
         /// The version that holds the claim.
         holder: VersionId,
@@ -359,7 +363,10 @@ mod tests {
         let labels = Labels::default().put(&id(1), &[]).unwrap().put(&id(2), &[]).unwrap();
         let error = labels.apply(&to(Label::Current, Some(1), Some(3))).unwrap_err();
         assert_eq!(error.reason(), Reason::Conflict);
-        assert!(labels.apply(&to(Label::Current, Some(1), Some(2))).unwrap() == labels, "a retry is harmless");
+        assert!(
+            labels.apply(&to(Label::Current, Some(1), Some(2))).unwrap() == labels,
+            "a retry is harmless"
+        );
     }
 
     #[test]
@@ -408,7 +415,8 @@ mod tests {
     fn any_step() -> impl Strategy<Value = Step> {
         let version = 0u8..6;
         prop_oneof![
-            (version.clone(), proptest::collection::vec(any_label(), 0..3)).prop_map(|(v, l)| Step::Put(v, l)),
+            (version.clone(), proptest::collection::vec(any_label(), 0..3))
+                .prop_map(|(v, l)| Step::Put(v, l)),
             (any_label(), proptest::option::of(version.clone()), proptest::option::of(version))
                 .prop_map(|(l, f, t)| Step::Move(l, f, t)),
         ]

@@ -121,14 +121,16 @@ impl EnvironmentName {
     /// # Errors
     /// [`Reason::InvalidEnvironment`], saying which character at which position is refused.
     pub fn parse(text: &str) -> Result<Self, NameError> {
-        let refuse = |problem: String| {
-            Err(NameError::new("environment", text, problem, Reason::InvalidEnvironment))
-        };
+        let refuse =
+            |problem: String| Err(NameError::new("environment", text, problem, Reason::InvalidEnvironment));
         if text.is_empty() {
             return refuse("is empty; name one, for example `development`".to_owned());
         }
         if text.len() > MAX_ENVIRONMENT_NAME {
-            return refuse(format!("is {} bytes long; at most {MAX_ENVIRONMENT_NAME} fit a DNS label", text.len()));
+            return refuse(format!(
+                "is {} bytes long; at most {MAX_ENVIRONMENT_NAME} fit a DNS label",
+                text.len()
+            ));
         }
         let permitted = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
         if let Some((position, c)) = first_refused(text, permitted) {
@@ -181,7 +183,9 @@ impl SecretName {
             let position = index + 1;
             match segment {
                 "" => return refuse(format!("segment {position} between slashes is empty")),
-                "." | ".." => return refuse(format!("segment {position} is `{segment}`; write the name out")),
+                "." | ".." => {
+                    return refuse(format!("segment {position} is `{segment}`; write the name out"));
+                }
                 _ => {}
             }
         }
@@ -264,7 +268,11 @@ mod tests {
             assert_eq!(EnvironmentName::parse(good).unwrap().as_str(), good);
         }
         for bad in ["", " ", "Prod", "-a", "a-", "a.b", "a_b", "рrod", "claviger", "a\n", &"x".repeat(64)] {
-            assert_eq!(EnvironmentName::parse(bad).unwrap_err().reason(), Reason::InvalidEnvironment, "{bad:?}");
+            assert_eq!(
+                EnvironmentName::parse(bad).unwrap_err().reason(),
+                Reason::InvalidEnvironment,
+                "{bad:?}"
+            );
         }
     }
 
@@ -275,8 +283,30 @@ mod tests {
         }
         let long = "x".repeat(513);
         for bad in [
-            "", " ", "   ", "../prod/db", "dev/../prod", "a//b", "a/", "/a", ".", "..", "a\0b", "a\nb", "a\rb",
-            "a\tb", "рrod", "é", "e\u{301}", "-rf", "_internal/x", "_internal", "a:b", "a#b", "a b", &long,
+            "",
+            " ",
+            "   ",
+            "../prod/db",
+            "dev/../prod",
+            "a//b",
+            "a/",
+            "/a",
+            ".",
+            "..",
+            "a\0b",
+            "a\nb",
+            "a\rb",
+            "a\tb",
+            "рrod",
+            "é",
+            "e\u{301}",
+            "-rf",
+            "_internal/x",
+            "_internal",
+            "a:b",
+            "a#b",
+            "a b",
+            &long,
         ] {
             assert_eq!(SecretName::parse(bad).unwrap_err().reason(), Reason::InvalidName, "{bad:?}");
         }

@@ -121,9 +121,10 @@ pub enum FieldError {
 impl Reasoned for FieldError {
     fn reason(&self) -> Reason {
         match self {
-            Self::NotAnObject { .. } | Self::NotJson { .. } | Self::Duplicate { .. } | Self::NotText { .. } => {
-                Reason::NotAnObject
-            },
+            Self::NotAnObject { .. }
+            | Self::NotJson { .. }
+            | Self::Duplicate { .. }
+            | Self::NotText { .. } => Reason::NotAnObject,
             Self::NotFound { .. } | Self::Null { .. } => Reason::FieldNotFound,
         }
     }
@@ -330,8 +331,9 @@ impl<'de> Visitor<'de> for Collect<'_> {
 fn member(name: &str, raw: &str) -> Result<SecretValue, FieldError> {
     let text = match raw.as_bytes().first() {
         // Well-formed JSON can still hold what is no text: half of a surrogate pair (RFC 8259, section 8.2).
-        Some(b'"') => serde_json::from_str::<String>(raw)
-            .map_err(|_| FieldError::NotText { field: name.to_owned() })?,
+        Some(b'"') => {
+            serde_json::from_str::<String>(raw).map_err(|_| FieldError::NotText { field: name.to_owned() })?
+        }
         Some(b'n') => return Err(FieldError::Null { field: name.to_owned() }),
         _ => raw.to_owned(),
     };
@@ -407,12 +409,17 @@ mod tests {
         let error = field(r#"{"password":"canary-1","password":"canary-2"}"#, "password").unwrap_err();
         assert_eq!(error, FieldError::Duplicate { field: "password".to_owned() });
         assert_eq!(field(r#"{"a":null}"#, "a").unwrap_err().reason(), Reason::FieldNotFound);
-        assert_eq!(field(r#"{"a":1}"#, "b").unwrap_err().to_string(), "no field `b`; the value has one other field");
+        assert_eq!(
+            field(r#"{"a":1}"#, "b").unwrap_err().to_string(),
+            "no field `b`; the value has one other field"
+        );
     }
 
     #[test]
     fn no_error_shows_the_value() {
-        for value in ["canary-5f3a", "{\"canary-5f3a", "{\"a\":canary-5f3a}", "{\"a\":\"canary-5f3a\"} canary-5f3a"] {
+        for value in
+            ["canary-5f3a", "{\"canary-5f3a", "{\"a\":canary-5f3a}", "{\"a\":\"canary-5f3a\"} canary-5f3a"]
+        {
             let error = field(value, "b").unwrap_err();
             assert!(!error.to_string().contains("canary"), "{error}");
             assert!(!format!("{error:?}").contains("canary"), "{error:?}");

@@ -21,7 +21,8 @@ impl VersionId {
     /// # Errors
     /// [`Reason::InvalidVersionId`], saying the length or the character that is refused.
     pub fn parse(text: &str) -> Result<Self, NameError> {
-        let refuse = |problem: String| Err(NameError::new("version id", text, problem, Reason::InvalidVersionId));
+        let refuse =
+            |problem: String| Err(NameError::new("version id", text, problem, Reason::InvalidVersionId));
         if !(32..=64).contains(&text.chars().count()) {
             return refuse(format!(
                 "is {} characters long; a version id or client request token has 32 to 64",

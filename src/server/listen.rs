@@ -96,7 +96,10 @@ impl Bound {
                 let credentials = stream.peer_cred()?;
                 let pid = credentials.pid();
                 let peer = Peer { uid: credentials.uid(), gid: credentials.gid(), pid };
-                Ok((Socket::Unix(stream), ConnectionInfo { source: SourceAddress::Unix { pid }, peer: Some(peer) }))
+                Ok((
+                    Socket::Unix(stream),
+                    ConnectionInfo { source: SourceAddress::Unix { pid }, peer: Some(peer) },
+                ))
             }
             Listener::Tcp(listener) => {
                 let (stream, address) = listener.accept().await?;
@@ -135,7 +138,11 @@ impl Connected for Connection {
 }
 
 impl AsyncRead for Connection {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         match &mut self.stream {
             Socket::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
             Socket::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),

@@ -358,7 +358,8 @@ mod tests {
             let groups = ["administrators".to_owned()].into();
             let proof = Proof { method: "token", detail: String::new() };
             // A person: no workload may approve.
-            let principal = Arc::new(Principal::new(PrincipalKind::User, "tests", groups, BTreeMap::new(), proof));
+            let principal =
+                Arc::new(Principal::new(PrincipalKind::User, "tests", groups, BTreeMap::new(), proof));
             self.policies.authorize(&principal, action, &resource, &Context::default()).unwrap()
         }
 

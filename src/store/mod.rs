@@ -14,8 +14,8 @@ use jiff::Timestamp;
 
 use crate::error::{Reason, Reasoned};
 use crate::secret::{
-    EnvironmentName, Label, LabelError, LabelMove, SecretId, SecretName, SecretValue, Selector, ValueError, Version,
-    VersionId,
+    EnvironmentName, Label, LabelError, LabelMove, SecretId, SecretName, SecretValue, Selector, ValueError,
+    Version, VersionId,
 };
 
 /// Where a label move stands in the order of a store's changes. Stores that number their changes compare; AWS does
@@ -243,7 +243,9 @@ pub enum StoreError {
         cause: String,
     },
     /// A record fails authentication.
-    #[error("{what} fails authentication: it was changed, moved or brought back from the past; restore it from a backup")]
+    #[error(
+        "{what} fails authentication: it was changed, moved or brought back from the past; restore it from a backup"
+    )]
     Tampered {
         /// Which record.
         what: String,
@@ -291,11 +293,19 @@ impl StoreError {
 #[async_trait]
 pub trait Store: Send + Sync {
     /// The version that `selector` points at, with its value.
-    async fn get(&self, id: &SecretId, selector: &Selector, freshness: Freshness) -> Result<Fetched, StoreError>;
+    async fn get(
+        &self,
+        id: &SecretId,
+        selector: &Selector,
+        freshness: Freshness,
+    ) -> Result<Fetched, StoreError>;
 
     /// As [`get`](Self::get) for each item, in order; one item's failure is its own.
-    async fn batch_get(&self, items: &[(SecretId, Selector)], freshness: Freshness)
-    -> Vec<Result<Fetched, StoreError>>;
+    async fn batch_get(
+        &self,
+        items: &[(SecretId, Selector)],
+        freshness: Freshness,
+    ) -> Vec<Result<Fetched, StoreError>>;
 
     /// Writes a version; creates the secret where it does not exist.
     async fn put(&self, id: &SecretId, put: Put) -> Result<Written, StoreError>;
@@ -304,7 +314,11 @@ pub trait Store: Send + Sync {
     async fn describe(&self, id: &SecretId) -> Result<Description, StoreError>;
 
     /// A page of an environment's secrets.
-    async fn list(&self, environment: &EnvironmentName, request: &ListRequest) -> Result<ListPage, StoreError>;
+    async fn list(
+        &self,
+        environment: &EnvironmentName,
+        request: &ListRequest,
+    ) -> Result<ListPage, StoreError>;
 
     /// Moves one label by compare-and-swap.
     async fn move_label(&self, id: &SecretId, change: &LabelMove) -> Result<Written, StoreError>;

@@ -163,12 +163,14 @@ async fn a_batch_answers_each_item_in_order_with_a_record_each() {
     assert_eq!(all.len(), 2);
     for bad in [0, 501] {
         let items = (0..bad).map(|_| read("development", "a")).collect();
-        let error = running.broker.batch(&ana, BatchRequest::Items(items), Freshness::Cached).await.unwrap_err();
+        let error =
+            running.broker.batch(&ana, BatchRequest::Items(items), Freshness::Cached).await.unwrap_err();
         assert_eq!(error.reason(), Reason::InvalidArgument);
     }
     running.stop().await.unwrap();
     let records = records(folder.path());
-    let of_batch: Vec<_> = records.iter().filter(|r| r["operation"] == "batch_get" && r["action"] == "read").collect();
+    let of_batch: Vec<_> =
+        records.iter().filter(|r| r["operation"] == "batch_get" && r["action"] == "read").collect();
     assert_eq!(of_batch.len(), 5 + 2);
 }
 
@@ -205,7 +207,8 @@ async fn a_full_disk_refuses_to_serve_and_recovers_by_itself() {
     running.stop().await.unwrap();
     let report = claviger::audit::verify(&folder.path().join("data/audit"), &keys(&folder), &[]).unwrap();
     assert!(report.findings.is_empty(), "{:?}", report.findings);
-    let values_left = records(folder.path()).iter().filter(|r| r["action"] == "read" && r["outcome"] == "ok").count();
+    let values_left =
+        records(folder.path()).iter().filter(|r| r["action"] == "read" && r["outcome"] == "ok").count();
     assert_eq!(values_left, 1 + served + 1, "one record for each value that left, and no other");
 }
 
@@ -280,7 +283,8 @@ async fn tokens_end_when_they_are_told_and_when_they_expire() {
 
     // The secret is nowhere in the store, as text or as bytes.
     let text = secret.expose_text().unwrap().rsplit('_').next().unwrap().to_owned();
-    let entry = claviger::kv::Kv::get(&*kv, format!("token/{}", record.id).as_bytes()).await.unwrap().unwrap();
+    let entry =
+        claviger::kv::Kv::get(&*kv, format!("token/{}", record.id).as_bytes()).await.unwrap().unwrap();
     assert!(!String::from_utf8(entry.value).unwrap().contains(&text));
 
     // A token that was read again from the store is the same token.
@@ -288,7 +292,11 @@ async fn tokens_end_when_they_are_told_and_when_they_expire() {
     assert!(again.authenticate(&presented(&secret)).await.unwrap().is_some());
 
     let forged = format!("clv_{}_{}", record.id, "A".repeat(43));
-    let other_id = other.expose_text().unwrap().replacen(other.expose_text().unwrap().split('_').nth(1).unwrap(), &record.id, 1);
+    let other_id = other.expose_text().unwrap().replacen(
+        other.expose_text().unwrap().split('_').nth(1).unwrap(),
+        &record.id,
+        1,
+    );
     for bad in [forged.as_str(), other_id.as_str(), "clv_", "", "Bearer x", "clv_zz_zz"] {
         let bad = SecretValue::text(bad.to_owned()).unwrap();
         let error = tokens.authenticate(&presented(&bad)).await.unwrap_err();

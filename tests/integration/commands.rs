@@ -41,15 +41,29 @@ fn exec_starts_a_program_whose_variables_come_from_the_embedded_store() {
 
     // Without a manifest: everything that the caller may read.
     let all = program.ok(["exec", "-e", "staging", "--", "env"]);
-    for name in ["DATABASE_HOST=database.staging.internal", "REDIS_PORT=6379", "JWT_SECRET=", "API_KEYS_NEWS="] {
+    for name in
+        ["DATABASE_HOST=database.staging.internal", "REDIS_PORT=6379", "JWT_SECRET=", "API_KEYS_NEWS="]
+    {
         assert!(all.contains(name), "{name} in {all}");
     }
     let pristine = program.ok(["exec", "-e", "staging", "--pristine", "-m", &manifest, "--", "env"]);
     assert!(!pristine.contains("CLAVIGER_TOKEN") && pristine.contains("DB_PORT=5432"), "{pristine}");
 
     // One record for each secret that was read, decided by a policy.
-    let records = program.ok(["audit", "query", "--action", "read", "--environment", "development", "--output", "json"]);
-    assert!(records.contains("\"secret\":\"database\"") || records.contains("\"secret\": \"database\""), "{records}");
+    let records = program.ok([
+        "audit",
+        "query",
+        "--action",
+        "read",
+        "--environment",
+        "development",
+        "--output",
+        "json",
+    ]);
+    assert!(
+        records.contains("\"secret\":\"database\"") || records.contains("\"secret\": \"database\""),
+        "{records}"
+    );
 }
 
 #[test]
@@ -83,7 +97,8 @@ fn exec_ends_as_its_command_ends() {
     assert_eq!(exec(&["/etc/passwd"]).code(), Some(126));
     use std::os::unix::process::ExitStatusExt as _;
     assert_eq!(exec(&["sh", "-c", "kill -TERM $$"]).signal(), Some(15));
-    let mut nowhere = claviger(["exec", "-e", "development", "-a", "unix:///nonexistent/x.sock", "--", "true"]);
+    let mut nowhere =
+        claviger(["exec", "-e", "development", "-a", "unix:///nonexistent/x.sock", "--", "true"]);
     assert_eq!(nowhere.output().unwrap().status.code(), Some(125));
 }
 
@@ -101,11 +116,17 @@ fn exit_codes_say_what_went_wrong() {
     program.fails(7, ["delete", "-e", "production", "database", "--yes"]);
     let conflict = with_input(program.command(["put", "-e", "development", "database", "--create"]), b"x");
     assert_eq!(conflict.status.code(), Some(6), "{}", text(&conflict.stderr));
-    let nobody = claviger(["get", "-e", "development", "-a", "unix:///nonexistent/x.sock", "database"]).output().unwrap();
+    let nobody = claviger(["get", "-e", "development", "-a", "unix:///nonexistent/x.sock", "database"])
+        .output()
+        .unwrap();
     assert_eq!(nobody.status.code(), Some(5), "{}", text(&nobody.stderr));
 
     let token = program.ok(["token", "create", "--user", "eve", "--expires", "1h"]);
-    let denied = program.command(["get", "-e", "development", "database"]).env("CLAVIGER_TOKEN", token.trim()).output().unwrap();
+    let denied = program
+        .command(["get", "-e", "development", "database"])
+        .env("CLAVIGER_TOKEN", token.trim())
+        .output()
+        .unwrap();
     assert_eq!(denied.status.code(), Some(3), "{}", text(&denied.stderr));
     assert!(text(&denied.stderr).contains("[DENIED]"), "{}", text(&denied.stderr));
 }
@@ -117,7 +138,11 @@ fn a_revoked_token_is_refused_with_the_next_request() {
     let token = program.ok(["token", "create", "--user", "ana", "--group", "team", "--expires", "1h"]);
     let token = token.trim().to_owned();
     let read = || {
-        program.command(["get", "-e", "development", "database#port"]).env("CLAVIGER_TOKEN", &token).output().unwrap()
+        program
+            .command(["get", "-e", "development", "database#port"])
+            .env("CLAVIGER_TOKEN", &token)
+            .output()
+            .unwrap()
     };
     assert_eq!(text(&read().stdout), "5432");
     let id = token.split('_').nth(1).unwrap();
@@ -162,7 +187,9 @@ fn versions_roll_back_and_deleted_secrets_come_back() {
     assert!(program.ok(["versions", "-e", "development", "x"]).contains("AWSCURRENT"));
     program.ok(["delete", "-e", "development", "x", "--yes"]);
     program.fails(4, ["get", "-e", "development", "x"]);
-    assert!(!program.ok(["list", "-e", "development"]).lines().any(|line| line.starts_with("x ") || line == "x"));
+    assert!(
+        !program.ok(["list", "-e", "development"]).lines().any(|line| line.starts_with("x ") || line == "x")
+    );
     program.ok(["restore", "-e", "development", "x"]);
     assert_eq!(program.ok(["get", "-e", "development", "x"]), "one");
     assert!(program.ok(["describe", "-e", "development", "x", "--output", "json"]).contains("AWSPREVIOUS"));
@@ -211,8 +238,11 @@ name_template = "{folder_name}/{{environment}}/{{name}}"
     (config, socket, policies)
 }
 
-const CREDENTIALS: &[(&str, &str)] =
-    &[("AWS_ACCESS_KEY_ID", "test"), ("AWS_SECRET_ACCESS_KEY", "test"), ("AWS_EC2_METADATA_DISABLED", "true")];
+const CREDENTIALS: &[(&str, &str)] = &[
+    ("AWS_ACCESS_KEY_ID", "test"),
+    ("AWS_SECRET_ACCESS_KEY", "test"),
+    ("AWS_EC2_METADATA_DISABLED", "true"),
+];
 
 #[tokio::test(flavor = "multi_thread")]
 async fn exec_starts_a_program_whose_variables_come_from_aws() {
@@ -228,7 +258,8 @@ async fn exec_starts_a_program_whose_variables_come_from_aws() {
     let arguments = ["exec", "-e", "staging", "-m", &manifest, "--", "sh", "-c", script];
     assert_eq!(program.ok(arguments), "db.aws|6543|from-secrets-manager|info");
     assert_eq!(program.ok(arguments), "db.aws|6543|from-secrets-manager|info");
-    let reads = program.ok(["audit", "query", "--action", "read", "--environment", "staging", "--output", "json"]);
+    let reads =
+        program.ok(["audit", "query", "--action", "read", "--environment", "staging", "--output", "json"]);
     assert!(reads.contains("\"store\"") && reads.contains("\"cache\""), "fetched once, then cached: {reads}");
     assert!(program.signal(Signal::TERM).success());
 }
@@ -242,7 +273,11 @@ async fn a_policy_broken_on_reload_leaves_the_last_good_set_in_force() {
     fs::write(policies.join("zz.cedar"), "@id(\"zz\") permit (principal, acti").unwrap();
     program.wait_for_log("policies not reloaded");
     assert_eq!(program.ok(["get", "-e", "development", "x"]), "v");
-    fs::write(policies.join("zz.cedar"), "@id(\"zz\") forbid (principal == User::\"tester\", action == Action::\"read\", resource);").unwrap();
+    fs::write(
+        policies.join("zz.cedar"),
+        "@id(\"zz\") forbid (principal == User::\"tester\", action == Action::\"read\", resource);",
+    )
+    .unwrap();
     program.wait_for_log("policies reloaded");
     program.fails(3, ["get", "-e", "development", "x"]);
     fs::remove_file(policies.join("zz.cedar")).unwrap();
@@ -279,7 +314,9 @@ fn a_broker_that_can_not_start_says_why() {
 
 #[test]
 fn the_throw_away_broker_runs_a_command_and_goes() {
-    let output = claviger(["dev", "--", "sh", "-c", r#"echo "$DB_USER@$DB_HOST:$DB_PORT/$DB_NAME"; exit 3"#]).output().unwrap();
+    let output = claviger(["dev", "--", "sh", "-c", r#"echo "$DB_USER@$DB_HOST:$DB_PORT/$DB_NAME"; exit 3"#])
+        .output()
+        .unwrap();
     assert_eq!(text(&output.stdout), "app@localhost:5432/app_development\n", "{}", text(&output.stderr));
     assert_eq!(output.status.code(), Some(3));
 }

@@ -86,7 +86,12 @@ async fn sigkill_under_load_loses_no_record_of_a_value_that_left() {
     ])
     .output()
     .unwrap();
-    assert!(verify.status.success(), "{}{}", String::from_utf8_lossy(&verify.stdout), String::from_utf8_lossy(&verify.stderr));
+    assert!(
+        verify.status.success(),
+        "{}{}",
+        String::from_utf8_lossy(&verify.stdout),
+        String::from_utf8_lossy(&verify.stderr)
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -134,9 +139,13 @@ async fn sigkill_during_writes_keeps_every_acknowledged_version() {
         let secret = client.get_secret(request).await.unwrap().into_inner().secret.unwrap();
         assert_eq!(secret.payload.unwrap().data, token.as_bytes());
     }
-    let current = client.get_secret(get("development", "counter")).await.unwrap().into_inner().secret.unwrap();
+    let current =
+        client.get_secret(get("development", "counter")).await.unwrap().into_inner().secret.unwrap();
     let current: u64 = current.version_id.parse().unwrap();
-    assert!(current + 1 >= acknowledged.len() as u64, "the last acknowledged version or one that was under way");
+    assert!(
+        current + 1 >= acknowledged.len() as u64,
+        "the last acknowledged version or one that was under way"
+    );
 }
 
 #[test]
@@ -156,7 +165,9 @@ fn sigterm_ends_in_good_order() {
     let text = std::fs::read_to_string(last).unwrap();
     let kinds: Vec<_> = text
         .lines()
-        .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["kind"].as_str().unwrap().to_owned())
+        .map(|line| {
+            serde_json::from_str::<serde_json::Value>(line).unwrap()["kind"].as_str().unwrap().to_owned()
+        })
         .collect();
     assert_eq!(kinds[kinds.len() - 2..], ["shutdown", "checkpoint"]);
 }

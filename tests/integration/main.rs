@@ -8,6 +8,7 @@
     clippy::print_stdout,
     clippy::print_stderr,
     clippy::unreachable,
+    unreachable_pub,
     clippy::disallowed_methods,
     reason = "a test stops at the first thing that is not as it should be"
 )]

@@ -9,7 +9,8 @@ const FILES: [&str; 4] = ["secret", "policy", "audit", "token"];
 /// Generates the code and the descriptors from the `.proto` files, without `protoc`.
 fn generate(out: &Path) -> (String, Vec<u8>) {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("proto");
-    let files: Vec<PathBuf> = FILES.iter().map(|name| root.join(format!("claviger/v1/{name}.proto"))).collect();
+    let files: Vec<PathBuf> =
+        FILES.iter().map(|name| root.join(format!("claviger/v1/{name}.proto"))).collect();
     let descriptors = protox::compile(files, [&root]).expect("the protos compile");
     let bytes = descriptors.encode_to_vec();
     tonic_prost_build::configure()
@@ -40,8 +41,9 @@ fn generated_code_is_up_to_date() {
 fn messages_that_hold_a_value_print_none_of_it() {
     use claviger::proto::v1;
     let payload = v1::SecretPayload { data: bytes::Bytes::from_static(b"canary-71"), content_type: 1 };
-    let answer =
-        v1::GetSecretResponse { secret: Some(v1::Secret { payload: Some(payload.clone()), ..Default::default() }) };
+    let answer = v1::GetSecretResponse {
+        secret: Some(v1::Secret { payload: Some(payload.clone()), ..Default::default() }),
+    };
     let put = v1::PutSecretRequest { payload: Some(payload), ..Default::default() };
     let token = v1::CreateTokenResponse { token: None, secret: "canary-71".to_owned() };
     for shown in [format!("{answer:?}"), format!("{put:?}"), format!("{token:?}")] {

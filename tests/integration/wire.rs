@@ -148,7 +148,11 @@ async fn batches_have_bounds_and_a_result_for_each_item() {
     };
     for count in [0, 501] {
         let request = v1::BatchGetSecretsRequest { items: vec![query("jwt"); count], ..Default::default() };
-        assert_eq!(reason(&client.batch_get_secrets(request).await.unwrap_err()), "INVALID_ARGUMENT", "{count}");
+        assert_eq!(
+            reason(&client.batch_get_secrets(request).await.unwrap_err()),
+            "INVALID_ARGUMENT",
+            "{count}"
+        );
     }
     let items = vec![query("jwt"), query("a//b"), query("jwt"), query("missing")];
     let request = v1::BatchGetSecretsRequest { items, ..Default::default() };
@@ -171,7 +175,8 @@ async fn strangers_over_tcp_see_health_and_nothing_else() {
     let (program, address) = with_tcp(folder.path());
     let tcp = tonic::transport::Channel::from_shared(address.clone()).unwrap().connect().await.unwrap();
 
-    let health = HealthClient::new(tcp.clone()).check(HealthCheckRequest::default()).await.unwrap().into_inner();
+    let health =
+        HealthClient::new(tcp.clone()).check(HealthCheckRequest::default()).await.unwrap().into_inner();
     assert_eq!(health.status(), ServingStatus::Serving);
 
     let mut client = v1::secret_service_client::SecretServiceClient::new(tcp.clone());

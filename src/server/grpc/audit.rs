@@ -31,35 +31,54 @@ type Tail = Pin<Box<dyn Stream<Item = Result<v1::TailResponse, Status>> + Send>>
 #[tonic::async_trait]
 impl AuditService for AuditReading {
     async fn query(&self, request: Request<v1::QueryRequest>) -> Result<Response<v1::QueryResponse>, Status> {
-        answer(&self.broker, request, "query_audit", |_| "", |call, q| {
-            let view = view(&q.environment)?;
-            let query = query(q)?;
-            Ok(async move {
-                let lines = self.broker.query_audit(&call, &view, query).await?;
-                Ok(v1::QueryResponse { lines })
-            })
-        })
+        answer(
+            &self.broker,
+            request,
+            "query_audit",
+            |_| "",
+            |call, q| {
+                let view = view(&q.environment)?;
+                let query = query(q)?;
+                Ok(async move {
+                    let lines = self.broker.query_audit(&call, &view, query).await?;
+                    Ok(v1::QueryResponse { lines })
+                })
+            },
+        )
         .await
     }
 
     type TailStream = Tail;
 
     async fn tail(&self, request: Request<v1::TailRequest>) -> Result<Response<Tail>, Status> {
-        answer(&self.broker, request, "tail_audit", |_| "", |call, q| {
-            let view = view(&q.environment)?;
-            let shutdown = self.shutdown.clone();
-            Ok(async move {
-                let lines = self.broker.tail_audit(&call, &view).await?;
-                Ok(follow(lines, view, shutdown))
-            })
-        })
+        answer(
+            &self.broker,
+            request,
+            "tail_audit",
+            |_| "",
+            |call, q| {
+                let view = view(&q.environment)?;
+                let shutdown = self.shutdown.clone();
+                Ok(async move {
+                    let lines = self.broker.tail_audit(&call, &view).await?;
+                    Ok(follow(lines, view, shutdown))
+                })
+            },
+        )
         .await
     }
 
-    async fn verify(&self, request: Request<v1::VerifyRequest>) -> Result<Response<v1::VerifyResponse>, Status> {
-        answer(&self.broker, request, "verify_audit", |_| "", |call, _| {
-            Ok(async move { self.broker.verify_audit(&call).await.map(report) })
-        })
+    async fn verify(
+        &self,
+        request: Request<v1::VerifyRequest>,
+    ) -> Result<Response<v1::VerifyResponse>, Status> {
+        answer(
+            &self.broker,
+            request,
+            "verify_audit",
+            |_| "",
+            |call, _| Ok(async move { self.broker.verify_audit(&call).await.map(report) }),
+        )
         .await
     }
 }
@@ -80,10 +99,9 @@ fn query(q: v1::QueryRequest) -> Result<Query, BrokerError> {
     };
     let outcome = match q.outcome.as_str() {
         "" => None,
-        text => Some(
-            serde_json::from_value(serde_json::Value::String(text.to_owned()))
-                .map_err(|_| convert::invalid("outcome: must be ok, unchanged, denied, unauthenticated, not_found or failed"))?,
-        ),
+        text => Some(serde_json::from_value(serde_json::Value::String(text.to_owned())).map_err(|_| {
+            convert::invalid("outcome: must be ok, unchanged, denied, unauthenticated, not_found or failed")
+        })?),
     };
     Ok(Query {
         principal: given(q.principal),

@@ -9,7 +9,8 @@ use crate::error::Reason;
 use crate::policy::{Effect, Resource};
 use crate::proto::v1;
 use crate::secret::{
-    ContentType, EnvironmentName, FieldName, Label, SecretId, SecretName, SecretValue, Selector, Version, VersionId,
+    ContentType, EnvironmentName, FieldName, Label, SecretId, SecretName, SecretValue, Selector, Version,
+    VersionId,
 };
 use crate::store::{Freshness, Source};
 
@@ -176,7 +177,8 @@ fn duration(duration: std::time::Duration) -> ProtoDuration {
 
 pub(super) fn span(field: &str, duration: Option<ProtoDuration>) -> Parsed<std::time::Duration> {
     let duration = duration.ok_or_else(|| invalid(format!("{field}: is missing")))?;
-    std::time::Duration::try_from(duration).map_err(|_| invalid(format!("{field}: is negative or out of range")))
+    std::time::Duration::try_from(duration)
+        .map_err(|_| invalid(format!("{field}: is negative or out of range")))
 }
 
 /// The effect on the wire, with the number of approvals that it takes.

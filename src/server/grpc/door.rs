@@ -89,7 +89,10 @@ fn presented(request: &Request<Body>) -> Result<Presented, IdentityError> {
     let Some(header) = request.headers().get(http::header::AUTHORIZATION) else {
         return Ok(Presented { peer, bearer: None });
     };
-    let malformed = || IdentityError::Invalid { method: "token", problem: "the authorization header is not `Bearer TOKEN`" };
+    let malformed = || IdentityError::Invalid {
+        method: "token",
+        problem: "the authorization header is not `Bearer TOKEN`",
+    };
     let (scheme, token) = header.to_str().ok().and_then(|text| text.split_once(' ')).ok_or_else(malformed)?;
     if !scheme.eq_ignore_ascii_case("bearer") || token.len() > 512 {
         return Err(malformed());
@@ -154,7 +157,9 @@ where
                 }
             };
             match tokio::time::timeout(deadline, served).await {
-                Ok(Ok(response)) if too_large(&response) => Ok(refused(&status(&oversized(), &request_id), &request_id)),
+                Ok(Ok(response)) if too_large(&response) => {
+                    Ok(refused(&status(&oversized(), &request_id), &request_id))
+                }
                 Ok(response) => response.map(|response| named(response, &request_id)),
                 Err(_) => Ok(refused(&status(&late(), &request_id), &request_id)),
             }
@@ -239,7 +244,8 @@ mod tests {
 
     #[test]
     fn a_deadline_is_bounded_and_zero_is_late() {
-        let request = |timeout: &str| Request::builder().header("grpc-timeout", timeout).body(Body::empty()).unwrap();
+        let request =
+            |timeout: &str| Request::builder().header("grpc-timeout", timeout).body(Body::empty()).unwrap();
         let longest = Duration::from_secs(30);
         assert_eq!(deadline(&request("1H"), longest).unwrap(), longest);
         assert_eq!(deadline(&request("0S"), longest).unwrap_err().reason(), Reason::DeadlineExceeded);

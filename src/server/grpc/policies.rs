@@ -26,52 +26,77 @@ impl PolicyQuestions {
 #[tonic::async_trait]
 impl PolicyService for PolicyQuestions {
     async fn check(&self, request: Request<v1::CheckRequest>) -> Result<Response<v1::CheckResponse>, Status> {
-        answer(&self.broker, request, "check_policy", |q| &q.reason, |call, q| {
-            let action = Action::parse(&q.action).map_err(|error| rejected(&error))?;
-            let resource = convert::resource(&q.environment, &q.name)?;
-            Ok(async move {
-                let effect = self.broker.check_policy(&call, action, &resource).await?;
-                let (effect, approvals) = convert::effect(effect);
-                Ok(v1::CheckResponse { effect, approvals })
-            })
-        })
-        .await
-    }
-
-    async fn explain(&self, request: Request<v1::ExplainRequest>) -> Result<Response<v1::ExplainResponse>, Status> {
-        answer(&self.broker, request, "explain_policy", |q| &q.reason, |call, q| {
-            let action = Action::parse(&q.action).map_err(|error| rejected(&error))?;
-            let resource = convert::resource(&q.environment, &q.name)?;
-            let subject = q.subject.map(subject).transpose()?;
-            Ok(async move {
-                let principal = subject.as_ref().map_or_else(|| call.principal.to_string(), ToString::to_string);
-                let explanation = self.broker.explain_policy(&call, subject, action, &resource).await?;
-                let (effect, approvals) = convert::effect(explanation.effect);
-                let policies = explanation.policies.into_iter().map(|policy| v1::ExplainedPolicy {
-                    id: policy.id.to_string(),
-                    file: policy.file.to_string(),
-                    effect: policy.effect.to_owned(),
-                    satisfied: policy.satisfied,
-                    decided: policy.decided,
-                    error: policy.error.unwrap_or_default(),
-                });
-                Ok(v1::ExplainResponse { effect, approvals, principal, policies: policies.collect() })
-            })
-        })
-        .await
-    }
-
-    async fn reload(&self, request: Request<v1::ReloadRequest>) -> Result<Response<v1::ReloadResponse>, Status> {
-        answer(&self.broker, request, "reload_policy", |_| "", |call, _| {
-            Ok(async move {
-                let reloaded = self.broker.reload_policy(&call).await?;
-                Ok(v1::ReloadResponse {
-                    generation: reloaded.generation,
-                    policies: i32::try_from(reloaded.policies).unwrap_or(i32::MAX),
-                    warnings: reloaded.warnings,
+        answer(
+            &self.broker,
+            request,
+            "check_policy",
+            |q| &q.reason,
+            |call, q| {
+                let action = Action::parse(&q.action).map_err(|error| rejected(&error))?;
+                let resource = convert::resource(&q.environment, &q.name)?;
+                Ok(async move {
+                    let effect = self.broker.check_policy(&call, action, &resource).await?;
+                    let (effect, approvals) = convert::effect(effect);
+                    Ok(v1::CheckResponse { effect, approvals })
                 })
-            })
-        })
+            },
+        )
+        .await
+    }
+
+    async fn explain(
+        &self,
+        request: Request<v1::ExplainRequest>,
+    ) -> Result<Response<v1::ExplainResponse>, Status> {
+        answer(
+            &self.broker,
+            request,
+            "explain_policy",
+            |q| &q.reason,
+            |call, q| {
+                let action = Action::parse(&q.action).map_err(|error| rejected(&error))?;
+                let resource = convert::resource(&q.environment, &q.name)?;
+                let subject = q.subject.map(subject).transpose()?;
+                Ok(async move {
+                    let principal =
+                        subject.as_ref().map_or_else(|| call.principal.to_string(), ToString::to_string);
+                    let explanation = self.broker.explain_policy(&call, subject, action, &resource).await?;
+                    let (effect, approvals) = convert::effect(explanation.effect);
+                    let policies = explanation.policies.into_iter().map(|policy| v1::ExplainedPolicy {
+                        id: policy.id.to_string(),
+                        file: policy.file.to_string(),
+                        effect: policy.effect.to_owned(),
+                        satisfied: policy.satisfied,
+                        decided: policy.decided,
+                        error: policy.error.unwrap_or_default(),
+                    });
+                    Ok(v1::ExplainResponse { effect, approvals, principal, policies: policies.collect() })
+                })
+            },
+        )
+        .await
+    }
+
+    async fn reload(
+        &self,
+        request: Request<v1::ReloadRequest>,
+    ) -> Result<Response<v1::ReloadResponse>, Status> {
+        answer(
+            &self.broker,
+            request,
+            "reload_policy",
+            |_| "",
+            |call, _| {
+                Ok(async move {
+                    let reloaded = self.broker.reload_policy(&call).await?;
+                    Ok(v1::ReloadResponse {
+                        generation: reloaded.generation,
+                        policies: i32::try_from(reloaded.policies).unwrap_or(i32::MAX),
+                        warnings: reloaded.warnings,
+                    })
+                })
+            },
+        )
         .await
     }
 }

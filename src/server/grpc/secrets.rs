@@ -72,21 +72,26 @@ impl SecretService for Secrets {
         &self,
         request: Request<v1::GetSecretRequest>,
     ) -> Result<Response<v1::GetSecretResponse>, Status> {
-        self.answer(request, "get", |q| &q.reason, |call, q| {
-            convert::no_approval(&q.approval_id)?;
-            let freshness = convert::freshness(q.refresh);
-            let read = convert::read(v1::SecretQuery {
-                environment: q.environment,
-                name: q.name,
-                field: q.field,
-                selector: q.selector,
-                if_version_id: q.if_version_id,
-            })?;
-            Ok(async move {
-                let disclosed = self.broker.get(&call, read, freshness).await?;
-                Ok(v1::GetSecretResponse { secret: Some(convert::secret(disclosed)) })
-            })
-        })
+        self.answer(
+            request,
+            "get",
+            |q| &q.reason,
+            |call, q| {
+                convert::no_approval(&q.approval_id)?;
+                let freshness = convert::freshness(q.refresh);
+                let read = convert::read(v1::SecretQuery {
+                    environment: q.environment,
+                    name: q.name,
+                    field: q.field,
+                    selector: q.selector,
+                    if_version_id: q.if_version_id,
+                })?;
+                Ok(async move {
+                    let disclosed = self.broker.get(&call, read, freshness).await?;
+                    Ok(v1::GetSecretResponse { secret: Some(convert::secret(disclosed)) })
+                })
+            },
+        )
         .await
     }
 
@@ -94,28 +99,44 @@ impl SecretService for Secrets {
         &self,
         request: Request<v1::BatchGetSecretsRequest>,
     ) -> Result<Response<v1::BatchGetSecretsResponse>, Status> {
-        self.answer(request, "batch_get", |q| &q.reason, |call, q| {
-            convert::no_approval(&q.approval_id)?;
-            let freshness = convert::freshness(q.refresh);
-            let batch = match (q.all_in_environment.as_str(), q.items) {
-                ("", items) if items.len() > MAX_BATCH => {
-                    return Err(convert::invalid(format!("items: {} given; a batch has 1 to {MAX_BATCH}", items.len())));
-                }
-                ("", items) => BatchRequest::Items(items.into_iter().map(convert::read).collect()),
-                (environment, items) if items.is_empty() => BatchRequest::All(convert::environment(environment)?),
-                _ => return Err(convert::invalid("items and all_in_environment exclude each other; give one")),
-            };
-            Ok(async move {
-                let answers = self.broker.batch(&call, batch, freshness).await?;
-                let results = answers.into_iter().map(|answer| v1::BatchGetSecretsResult {
-                    result: Some(match answer {
-                        Ok(disclosed) => batch_get_secrets_result::Result::Secret(convert::secret(disclosed)),
-                        Err(error) => batch_get_secrets_result::Result::Problem(problem(&error)),
-                    }),
-                });
-                Ok(v1::BatchGetSecretsResponse { results: results.collect() })
-            })
-        })
+        self.answer(
+            request,
+            "batch_get",
+            |q| &q.reason,
+            |call, q| {
+                convert::no_approval(&q.approval_id)?;
+                let freshness = convert::freshness(q.refresh);
+                let batch = match (q.all_in_environment.as_str(), q.items) {
+                    ("", items) if items.len() > MAX_BATCH => {
+                        return Err(convert::invalid(format!(
+                            "items: {} given; a batch has 1 to {MAX_BATCH}",
+                            items.len()
+                        )));
+                    }
+                    ("", items) => BatchRequest::Items(items.into_iter().map(convert::read).collect()),
+                    (environment, items) if items.is_empty() => {
+                        BatchRequest::All(convert::environment(environment)?)
+                    }
+                    _ => {
+                        return Err(convert::invalid(
+                            "items and all_in_environment exclude each other; give one",
+                        ));
+                    }
+                };
+                Ok(async move {
+                    let answers = self.broker.batch(&call, batch, freshness).await?;
+                    let results = answers.into_iter().map(|answer| v1::BatchGetSecretsResult {
+                        result: Some(match answer {
+                            Ok(disclosed) => {
+                                batch_get_secrets_result::Result::Secret(convert::secret(disclosed))
+                            }
+                            Err(error) => batch_get_secrets_result::Result::Problem(problem(&error)),
+                        }),
+                    });
+                    Ok(v1::BatchGetSecretsResponse { results: results.collect() })
+                })
+            },
+        )
         .await
     }
 
@@ -123,27 +144,32 @@ impl SecretService for Secrets {
         &self,
         request: Request<v1::ListSecretsRequest>,
     ) -> Result<Response<v1::ListSecretsResponse>, Status> {
-        self.answer(request, "list", |q| &q.reason, |call, q| {
-            let environment = convert::environment(&q.environment)?;
-            let list = ListRequest {
-                prefix: q.prefix,
-                page_token: (!q.page_token.is_empty()).then_some(q.page_token),
-                limit: page_size(q.page_size)?,
-                include_deleted: q.include_deleted,
-            };
-            Ok(async move {
-                let page = self.broker.list(&call, environment, &list).await?;
-                let secrets = page.secrets.into_iter().map(|listed| v1::ListedSecret {
-                    name: convert::name(&listed.name),
-                    changed_at: Some(convert::timestamp(listed.changed_at)),
-                    deletion_at: listed.deletion_at.map(convert::timestamp),
-                });
-                Ok(v1::ListSecretsResponse {
-                    secrets: secrets.collect(),
-                    next_page_token: page.next_page_token.unwrap_or_default(),
+        self.answer(
+            request,
+            "list",
+            |q| &q.reason,
+            |call, q| {
+                let environment = convert::environment(&q.environment)?;
+                let list = ListRequest {
+                    prefix: q.prefix,
+                    page_token: (!q.page_token.is_empty()).then_some(q.page_token),
+                    limit: page_size(q.page_size)?,
+                    include_deleted: q.include_deleted,
+                };
+                Ok(async move {
+                    let page = self.broker.list(&call, environment, &list).await?;
+                    let secrets = page.secrets.into_iter().map(|listed| v1::ListedSecret {
+                        name: convert::name(&listed.name),
+                        changed_at: Some(convert::timestamp(listed.changed_at)),
+                        deletion_at: listed.deletion_at.map(convert::timestamp),
+                    });
+                    Ok(v1::ListSecretsResponse {
+                        secrets: secrets.collect(),
+                        next_page_token: page.next_page_token.unwrap_or_default(),
+                    })
                 })
-            })
-        })
+            },
+        )
         .await
     }
 
@@ -151,20 +177,25 @@ impl SecretService for Secrets {
         &self,
         request: Request<v1::DescribeSecretRequest>,
     ) -> Result<Response<v1::DescribeSecretResponse>, Status> {
-        self.answer(request, "describe", |q| &q.reason, |call, q| {
-            let id = convert::secret_id(&q.environment, &q.name)?;
-            Ok(async move {
-                let found = self.broker.describe(&call, id).await?;
-                Ok(v1::DescribeSecretResponse {
-                    environment: q.environment,
-                    name: q.name,
-                    versions: found.versions.iter().map(convert::version).collect(),
-                    created_at: Some(convert::timestamp(found.created_at)),
-                    changed_at: Some(convert::timestamp(found.changed_at)),
-                    deletion_at: found.deletion_at.map(convert::timestamp),
+        self.answer(
+            request,
+            "describe",
+            |q| &q.reason,
+            |call, q| {
+                let id = convert::secret_id(&q.environment, &q.name)?;
+                Ok(async move {
+                    let found = self.broker.describe(&call, id).await?;
+                    Ok(v1::DescribeSecretResponse {
+                        environment: q.environment,
+                        name: q.name,
+                        versions: found.versions.iter().map(convert::version).collect(),
+                        created_at: Some(convert::timestamp(found.created_at)),
+                        changed_at: Some(convert::timestamp(found.changed_at)),
+                        deletion_at: found.deletion_at.map(convert::timestamp),
+                    })
                 })
-            })
-        })
+            },
+        )
         .await
     }
 
@@ -172,31 +203,38 @@ impl SecretService for Secrets {
         &self,
         request: Request<v1::PutSecretRequest>,
     ) -> Result<Response<v1::PutSecretResponse>, Status> {
-        self.answer(request, "put", |q| &q.reason, |call, q| {
-            convert::no_approval(&q.approval_id)?;
-            let id = convert::secret_id(&q.environment, &q.name)?;
-            let expected = convert::optional_version_id(&q.expected_version_id)?;
-            let labels: Result<_, _> = q.labels.iter().map(|label| convert::label(label)).collect();
-            let put = Put {
-                token: convert::version_id(&q.client_request_token)?,
-                labels: labels?,
-                expected: match (expected, q.must_not_exist) {
-                    (Some(_), true) => {
-                        return Err(convert::invalid("expected_version_id and must_not_exist exclude each other"));
-                    }
-                    (Some(version), false) => Some(Some(version)),
-                    (None, true) => Some(None),
-                    (None, false) => None,
-                },
-                value: convert::payload(q.payload)?,
-            };
-            let broker = Arc::clone(&self.broker);
-            Ok(self.changes.run(async move {
-                let written = broker.put(&call, id, put, q.allow_empty).await?;
-                let version = Some(convert::version(&written.version));
-                Ok(v1::PutSecretResponse { version, changed: written.changed })
-            }))
-        })
+        self.answer(
+            request,
+            "put",
+            |q| &q.reason,
+            |call, q| {
+                convert::no_approval(&q.approval_id)?;
+                let id = convert::secret_id(&q.environment, &q.name)?;
+                let expected = convert::optional_version_id(&q.expected_version_id)?;
+                let labels: Result<_, _> = q.labels.iter().map(|label| convert::label(label)).collect();
+                let put = Put {
+                    token: convert::version_id(&q.client_request_token)?,
+                    labels: labels?,
+                    expected: match (expected, q.must_not_exist) {
+                        (Some(_), true) => {
+                            return Err(convert::invalid(
+                                "expected_version_id and must_not_exist exclude each other",
+                            ));
+                        }
+                        (Some(version), false) => Some(Some(version)),
+                        (None, true) => Some(None),
+                        (None, false) => None,
+                    },
+                    value: convert::payload(q.payload)?,
+                };
+                let broker = Arc::clone(&self.broker);
+                Ok(self.changes.run(async move {
+                    let written = broker.put(&call, id, put, q.allow_empty).await?;
+                    let version = Some(convert::version(&written.version));
+                    Ok(v1::PutSecretResponse { version, changed: written.changed })
+                }))
+            },
+        )
         .await
     }
 
@@ -204,19 +242,24 @@ impl SecretService for Secrets {
         &self,
         request: Request<v1::MoveLabelRequest>,
     ) -> Result<Response<v1::MoveLabelResponse>, Status> {
-        self.answer(request, "move_label", |q| &q.reason, |call, q| {
-            let id = convert::secret_id(&q.environment, &q.name)?;
-            let change = LabelMove {
-                label: convert::label(&q.label)?,
-                from: convert::optional_version_id(&q.from_version_id)?,
-                to: convert::optional_version_id(&q.to_version_id)?,
-            };
-            let broker = Arc::clone(&self.broker);
-            Ok(self.changes.run(async move {
-                let changed = broker.move_label(&call, id, change).await?.changed;
-                Ok(v1::MoveLabelResponse { changed })
-            }))
-        })
+        self.answer(
+            request,
+            "move_label",
+            |q| &q.reason,
+            |call, q| {
+                let id = convert::secret_id(&q.environment, &q.name)?;
+                let change = LabelMove {
+                    label: convert::label(&q.label)?,
+                    from: convert::optional_version_id(&q.from_version_id)?,
+                    to: convert::optional_version_id(&q.to_version_id)?,
+                };
+                let broker = Arc::clone(&self.broker);
+                Ok(self.changes.run(async move {
+                    let changed = broker.move_label(&call, id, change).await?.changed;
+                    Ok(v1::MoveLabelResponse { changed })
+                }))
+            },
+        )
         .await
     }
 
@@ -224,20 +267,25 @@ impl SecretService for Secrets {
         &self,
         request: Request<v1::RollbackSecretRequest>,
     ) -> Result<Response<v1::RollbackSecretResponse>, Status> {
-        self.answer(request, "rollback", |q| &q.reason, |call, q| {
-            convert::no_approval(&q.approval_id)?;
-            let id = convert::secret_id(&q.environment, &q.name)?;
-            let to = convert::optional_version_id(&q.to_version_id)?;
-            let expected = convert::optional_version_id(&q.expected_version_id)?;
-            let broker = Arc::clone(&self.broker);
-            Ok(self.changes.run(async move {
-                let rolled = broker.rollback(&call, id, to, expected).await?;
-                Ok(v1::RollbackSecretResponse {
-                    version: Some(convert::version(&rolled.version)),
-                    superseded_version_id: rolled.superseded.map(|id| id.to_string()).unwrap_or_default(),
-                })
-            }))
-        })
+        self.answer(
+            request,
+            "rollback",
+            |q| &q.reason,
+            |call, q| {
+                convert::no_approval(&q.approval_id)?;
+                let id = convert::secret_id(&q.environment, &q.name)?;
+                let to = convert::optional_version_id(&q.to_version_id)?;
+                let expected = convert::optional_version_id(&q.expected_version_id)?;
+                let broker = Arc::clone(&self.broker);
+                Ok(self.changes.run(async move {
+                    let rolled = broker.rollback(&call, id, to, expected).await?;
+                    Ok(v1::RollbackSecretResponse {
+                        version: Some(convert::version(&rolled.version)),
+                        superseded_version_id: rolled.superseded.map(|id| id.to_string()).unwrap_or_default(),
+                    })
+                }))
+            },
+        )
         .await
     }
 
@@ -245,16 +293,21 @@ impl SecretService for Secrets {
         &self,
         request: Request<v1::DeleteSecretRequest>,
     ) -> Result<Response<v1::DeleteSecretResponse>, Status> {
-        self.answer(request, "delete", |q| &q.reason, |call, q| {
-            convert::no_approval(&q.approval_id)?;
-            let id = convert::secret_id(&q.environment, &q.name)?;
-            let window = recovery_window(q.recovery_window_days)?;
-            let broker = Arc::clone(&self.broker);
-            Ok(self.changes.run(async move {
-                let until = broker.delete(&call, id, window).await?;
-                Ok(v1::DeleteSecretResponse { deletion_at: Some(convert::timestamp(until)) })
-            }))
-        })
+        self.answer(
+            request,
+            "delete",
+            |q| &q.reason,
+            |call, q| {
+                convert::no_approval(&q.approval_id)?;
+                let id = convert::secret_id(&q.environment, &q.name)?;
+                let window = recovery_window(q.recovery_window_days)?;
+                let broker = Arc::clone(&self.broker);
+                Ok(self.changes.run(async move {
+                    let until = broker.delete(&call, id, window).await?;
+                    Ok(v1::DeleteSecretResponse { deletion_at: Some(convert::timestamp(until)) })
+                }))
+            },
+        )
         .await
     }
 
@@ -262,15 +315,20 @@ impl SecretService for Secrets {
         &self,
         request: Request<v1::RestoreSecretRequest>,
     ) -> Result<Response<v1::RestoreSecretResponse>, Status> {
-        self.answer(request, "restore", |q| &q.reason, |call, q| {
-            convert::no_approval(&q.approval_id)?;
-            let id = convert::secret_id(&q.environment, &q.name)?;
-            let broker = Arc::clone(&self.broker);
-            Ok(self.changes.run(async move {
-                broker.restore(&call, id).await?;
-                Ok(v1::RestoreSecretResponse {})
-            }))
-        })
+        self.answer(
+            request,
+            "restore",
+            |q| &q.reason,
+            |call, q| {
+                convert::no_approval(&q.approval_id)?;
+                let id = convert::secret_id(&q.environment, &q.name)?;
+                let broker = Arc::clone(&self.broker);
+                Ok(self.changes.run(async move {
+                    broker.restore(&call, id).await?;
+                    Ok(v1::RestoreSecretResponse {})
+                }))
+            },
+        )
         .await
     }
 }
@@ -289,5 +347,6 @@ fn recovery_window(days: i32) -> Result<RecoveryWindow, BrokerError> {
         Ok(days) => RecoveryWindow::days(days),
         Err(_) => None,
     };
-    window.ok_or_else(|| convert::invalid(format!("recovery_window_days: {days} given; 7 to 30 are permitted")))
+    window
+        .ok_or_else(|| convert::invalid(format!("recovery_window_days: {days} given; 7 to 30 are permitted")))
 }

@@ -47,15 +47,20 @@ const fn code(reason: Reason) -> Code {
         | Reason::VersionNotFound
         | Reason::TokenNotFound
         | Reason::FieldNotFound => Code::NotFound,
-        Reason::ApprovalRequired | Reason::SecretDeleted | Reason::NotAnObject | Reason::StoreDenied
-        | Reason::WrongKey | Reason::Locked => Code::FailedPrecondition,
+        Reason::ApprovalRequired
+        | Reason::SecretDeleted
+        | Reason::NotAnObject
+        | Reason::StoreDenied
+        | Reason::WrongKey
+        | Reason::Locked => Code::FailedPrecondition,
         Reason::Conflict => Code::Aborted,
         Reason::TokenReused => Code::AlreadyExists,
         Reason::LimitExceeded => Code::ResourceExhausted,
         Reason::DeadlineExceeded => Code::DeadlineExceeded,
-        Reason::StoreUnavailable | Reason::StoreThrottled | Reason::AuditUnavailable | Reason::Unavailable => {
-            Code::Unavailable
-        }
+        Reason::StoreUnavailable
+        | Reason::StoreThrottled
+        | Reason::AuditUnavailable
+        | Reason::Unavailable => Code::Unavailable,
         Reason::Tampered | Reason::AuditBroken => Code::DataLoss,
         Reason::Unsupported => Code::Unimplemented,
         _ => Code::Internal,

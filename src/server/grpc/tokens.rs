@@ -32,23 +32,29 @@ impl TokenService for TokenAdministration {
         &self,
         request: Request<v1::CreateTokenRequest>,
     ) -> Result<Response<v1::CreateTokenResponse>, Status> {
-        answer(&self.broker, request, "create_token", |q| &q.reason, |call, q| {
-            let subject = q.subject.ok_or_else(|| convert::invalid("subject: is missing"))?;
-            let token = TokenRequest {
-                kind: principal_kind(subject.kind)?,
-                principal: subject.id,
-                groups: subject.groups.into_iter().collect(),
-                claims: subject.claims.into_iter().collect(),
-                expires_in: convert::span("expires_in", q.expires_in)?,
-                created_by: call.principal.to_string(),
-            };
-            let broker = Arc::clone(&self.broker);
-            Ok(self.changes.run(async move {
-                let (record, secret) = broker.create_token(&call, token).await?;
-                let secret = secret.expose_text().unwrap_or_default().to_owned();
-                Ok(v1::CreateTokenResponse { token: Some(described(record)), secret })
-            }))
-        })
+        answer(
+            &self.broker,
+            request,
+            "create_token",
+            |q| &q.reason,
+            |call, q| {
+                let subject = q.subject.ok_or_else(|| convert::invalid("subject: is missing"))?;
+                let token = TokenRequest {
+                    kind: principal_kind(subject.kind)?,
+                    principal: subject.id,
+                    groups: subject.groups.into_iter().collect(),
+                    claims: subject.claims.into_iter().collect(),
+                    expires_in: convert::span("expires_in", q.expires_in)?,
+                    created_by: call.principal.to_string(),
+                };
+                let broker = Arc::clone(&self.broker);
+                Ok(self.changes.run(async move {
+                    let (record, secret) = broker.create_token(&call, token).await?;
+                    let secret = secret.expose_text().unwrap_or_default().to_owned();
+                    Ok(v1::CreateTokenResponse { token: Some(described(record)), secret })
+                }))
+            },
+        )
         .await
     }
 
@@ -56,24 +62,33 @@ impl TokenService for TokenAdministration {
         &self,
         request: Request<v1::ListTokensRequest>,
     ) -> Result<Response<v1::ListTokensResponse>, Status> {
-        answer(&self.broker, request, "list_tokens", |_| "", |call, q| {
-            let limit = match usize::try_from(q.page_size) {
-                Ok(0) => MAX_PAGE,
-                Ok(size) if size <= MAX_PAGE => size,
-                _ => return Err(convert::invalid("page_size: must be 1 to 1000, or 0 for 1000")),
-            };
-            Ok(async move {
-                let mut records = self.broker.list_tokens(&call).await?;
-                records.retain(|record| record.id.as_str() > q.page_token.as_str());
-                let more = records.len() > limit;
-                records.truncate(limit);
-                let next_page_token = match records.last() {
-                    Some(last) if more => last.id.clone(),
-                    _ => String::new(),
+        answer(
+            &self.broker,
+            request,
+            "list_tokens",
+            |_| "",
+            |call, q| {
+                let limit = match usize::try_from(q.page_size) {
+                    Ok(0) => MAX_PAGE,
+                    Ok(size) if size <= MAX_PAGE => size,
+                    _ => return Err(convert::invalid("page_size: must be 1 to 1000, or 0 for 1000")),
                 };
-                Ok(v1::ListTokensResponse { tokens: records.into_iter().map(described).collect(), next_page_token })
-            })
-        })
+                Ok(async move {
+                    let mut records = self.broker.list_tokens(&call).await?;
+                    records.retain(|record| record.id.as_str() > q.page_token.as_str());
+                    let more = records.len() > limit;
+                    records.truncate(limit);
+                    let next_page_token = match records.last() {
+                        Some(last) if more => last.id.clone(),
+                        _ => String::new(),
+                    };
+                    Ok(v1::ListTokensResponse {
+                        tokens: records.into_iter().map(described).collect(),
+                        next_page_token,
+                    })
+                })
+            },
+        )
         .await
     }
 
@@ -81,13 +96,19 @@ impl TokenService for TokenAdministration {
         &self,
         request: Request<v1::RevokeTokenRequest>,
     ) -> Result<Response<v1::RevokeTokenResponse>, Status> {
-        answer(&self.broker, request, "revoke_token", |q| &q.reason, |call, q| {
-            let broker = Arc::clone(&self.broker);
-            Ok(self.changes.run(async move {
-                broker.revoke_token(&call, &q.id).await?;
-                Ok(v1::RevokeTokenResponse {})
-            }))
-        })
+        answer(
+            &self.broker,
+            request,
+            "revoke_token",
+            |q| &q.reason,
+            |call, q| {
+                let broker = Arc::clone(&self.broker);
+                Ok(self.changes.run(async move {
+                    broker.revoke_token(&call, &q.id).await?;
+                    Ok(v1::RevokeTokenResponse {})
+                }))
+            },
+        )
         .await
     }
 }

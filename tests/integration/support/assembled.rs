@@ -96,7 +96,9 @@ pub fn records(folder: &Path) -> Vec<serde_json::Value> {
     files.sort();
     files
         .iter()
-        .flat_map(|file| std::fs::read_to_string(file).unwrap().lines().map(str::to_owned).collect::<Vec<_>>())
+        .flat_map(|file| {
+            std::fs::read_to_string(file).unwrap().lines().map(str::to_owned).collect::<Vec<_>>()
+        })
         .map(|line| serde_json::from_str(&line).unwrap())
         .collect()
 }

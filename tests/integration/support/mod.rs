@@ -16,7 +16,10 @@ pub async fn channel(socket: &Path) -> Channel {
         let socket = socket.clone();
         async move { tokio::net::UnixStream::connect(socket).await.map(hyper_util::rt::TokioIo::new) }
     });
-    Endpoint::from_static("http://localhost").connect_with_connector(connector).await.expect("the socket answers")
+    Endpoint::from_static("http://localhost")
+        .connect_with_connector(connector)
+        .await
+        .expect("the socket answers")
 }
 
 /// The secrets service over it.

@@ -39,7 +39,8 @@ impl Program {
     pub fn dev(folder: &Path) -> Self {
         let socket = folder.join("dev.sock");
         let data = folder.join("data");
-        let arguments = ["dev".as_ref(), "--data".as_ref(), data.as_os_str(), "--socket".as_ref(), socket.as_os_str()];
+        let arguments =
+            ["dev".as_ref(), "--data".as_ref(), data.as_os_str(), "--socket".as_ref(), socket.as_os_str()];
         Self::start(claviger(arguments), socket.clone())
     }
 
@@ -127,6 +128,10 @@ impl Program {
     /// Ends the process with a signal and gives how it ended.
     pub fn signal(&mut self, signal: rustix::process::Signal) -> ExitStatus {
         rustix::process::kill_process(self.id(), signal).expect("the process is there");
+        let lines = self.log.lines.lock().unwrap();
+        let (lines, wait) = self.log.more.wait_timeout_while(lines, HUNG, |lines| !lines.1).unwrap();
+        assert!(!wait.timed_out(), "the broker lives on after {signal:?}:\n{}", lines.0.join("\n"));
+        drop(lines);
         let status = self.child.wait().expect("it ends");
         if let Some(reader) = self.reader.take() {
             reader.join().expect("its log is read to the end");
@@ -144,8 +149,12 @@ impl Drop for Program {
 
 /// Runs a command with `input` on its standard input.
 pub fn with_input(mut command: Command, input: &[u8]) -> Output {
-    let mut child =
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the binary starts");
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the binary starts");
     child.stdin.take().expect("a pipe").write_all(input).expect("it reads its input");
     child.wait_with_output().expect("it ends")
 }
