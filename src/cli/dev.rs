@@ -49,15 +49,17 @@ pub(super) async fn run(args: Args, context: &Context) -> Result<Exit, CliError>
     telemetry::start(level).map_err(CliError::usage)?;
     let place = Place::of(&args)?;
     let resolved = resolved(&place, context)?;
+    // With a command, signals are the command's.
+    let stopped = if args.command.is_empty() { Some(stop_on_signal()?) } else { None };
     let running = Running::start(&resolved, &variables(context), Arc::clone(&context.clock)).await?;
     samples::seed(&running.broker).await?;
     let mut doors = vec![Listen::Unix { path: place.socket.clone(), mode: 0o600 }.bind().await?];
     if let Some(address) = args.listen {
         doors.push(Listen::Tcp(address).bind().await?);
     }
-    if args.command.is_empty() {
+    if let Some(stopped) = stopped {
         announce(&place, &doors, context);
-        running.serve(doors, resolved.limits, stop_on_signal()?).await?;
+        running.serve(doors, resolved.limits, stopped).await?;
         return Ok(Exit::DONE);
     }
     let (stop, stopped) = watch::channel(false);

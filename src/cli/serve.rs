@@ -28,6 +28,8 @@ pub(super) async fn run(args: Args, context: &Context) -> Result<Exit, CliError>
     let text = std::fs::read_to_string(&args.config)
         .map_err(|error| CliError::new(Reason::InvalidConfig, format!("{file}: {error}")))?;
     let resolved = Raw::parse(&text, &file)?.resolve()?;
+    // Before anything is opened, so that no signal finds a broker that can't end in good order.
+    let stopped = stop_on_signal()?;
     let running = Running::start(&resolved, &variables(context), Arc::clone(&context.clock)).await?;
     for warning in &running.warnings {
         context.output.notice(warning);
@@ -38,7 +40,7 @@ pub(super) async fn run(args: Args, context: &Context) -> Result<Exit, CliError>
         context.output.notice(&format!("listening on {}", door.address()));
         doors.push(door);
     }
-    running.serve(doors, resolved.limits, stop_on_signal()?).await?;
+    running.serve(doors, resolved.limits, stopped).await?;
     Ok(Exit::DONE)
 }
 

@@ -132,7 +132,7 @@ fn findings(report: &Report) -> Vec<FindingKind> {
 }
 
 fn hash(line: &str) -> String {
-    let input = [&[1][..], line[BODY..].as_bytes()].concat();
+    let input = [&[1][..], &line.as_bytes()[BODY..]].concat();
     data_encoding::HEXLOWER.encode(ring::digest::digest(&ring::digest::SHA256, &input).as_ref())
 }
 

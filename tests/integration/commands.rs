@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::process::Signal;
 
-use crate::support::moto::Moto;
+use crate::support::moto::{FaultProxy, Mode, Moto};
 use crate::support::program::{Program, claviger, with_input};
 
 fn text(bytes: &[u8]) -> String {
@@ -262,6 +262,35 @@ async fn exec_starts_a_program_whose_variables_come_from_aws() {
         program.ok(["audit", "query", "--action", "read", "--environment", "staging", "--output", "json"]);
     assert!(reads.contains("\"store\"") && reads.contains("\"cache\""), "fetched once, then cached: {reads}");
     assert!(program.signal(Signal::TERM).success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_cached_stands_in_for_a_store_that_is_away_and_says_so() {
+    let proxy = FaultProxy::start(Moto::start().await.endpoint()).await;
+    let folder = tempfile::tempdir().unwrap();
+    let (config, socket, _) = configuration(folder.path(), proxy.endpoint());
+    let short = fs::read_to_string(&config).unwrap();
+    fs::write(&config, short.replace("store = \"aws\"", "store = \"aws\"\nttl = \"200ms\"")).unwrap();
+    let program = Program::serve(&config, &socket, CREDENTIALS);
+    assert!(program.put("staging", "x", b"v").status.success());
+    assert_eq!(program.ok(["get", "-e", "staging", "x"]), "v");
+    proxy.set(Mode::Unavailable);
+    // Within its time to live the value is fresh; then it is stale, and the answer says so.
+    let stale =
+        (0..5_000).map(|_| program.ok(["get", "-e", "staging", "x", "--output", "json"])).find(|answer| {
+            let answer: serde_json::Value = serde_json::from_str(answer).unwrap();
+            assert_eq!(answer["value"], "v");
+            answer["stale"] == true
+        });
+    assert!(stale.is_some(), "the time to live ends");
+    let recorded =
+        program.ok(["audit", "query", "--environment", "staging", "--limit", "1", "--output", "json"]);
+    assert!(recorded.contains("\"stale\":true") || recorded.contains("\"stale\": true"), "{recorded}");
+    program.fails(5, ["get", "-e", "staging", "x", "--refresh"]);
+    program.fails(5, ["get", "-e", "staging", "never-seen"]);
+    proxy.set(Mode::Deny);
+    let denied = (0..5_000).any(|_| !program.run(["get", "-e", "staging", "x"]).status.success());
+    assert!(denied, "a store that refuses is not an outage: nothing is served in its place");
 }
 
 #[tokio::test(flavor = "multi_thread")]

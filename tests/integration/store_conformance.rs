@@ -629,7 +629,7 @@ async fn a_batch_answers_each_item(fixture: &impl Fixture) {
     let store = fixture.store();
     let ids: Vec<SecretId> = (0..45).map(|n| fixture.id(&format!("item-{n:02}"))).collect();
     let missing = |n: usize| n % 3 == 2;
-    let deleted = |n: usize| n % 7 == 0;
+    let deleted = |n: usize| n.is_multiple_of(7);
     for (n, id) in ids.iter().enumerate().filter(|(n, _)| !missing(*n)) {
         store.put(id, put(1, &format!("old {n}"))).await.unwrap();
         store.put(id, put(2, &format!("value {n}"))).await.unwrap();
