@@ -217,16 +217,12 @@ async fn strangers_over_tcp_see_health_and_nothing_else() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sizes_and_deadlines_are_bounded() {
+async fn sizes_are_bounded() {
     let folder = tempfile::tempdir().unwrap();
     let program = Program::dev(folder.path());
     let mut client = secrets(&program.socket).await;
     let huge = v1::GetSecretRequest { field: "x".repeat(5 * 1024 * 1024), ..get("development", "database") };
     let status = client.get_secret(huge).await.unwrap_err();
     assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
-    let mut late = tonic::Request::new(get("development", "database"));
-    late.metadata_mut().insert("grpc-timeout", "0S".parse().unwrap());
-    let status = client.get_secret(late).await.unwrap_err();
-    assert_eq!(status.code(), Code::DeadlineExceeded, "{status:?}");
     client.get_secret(get("development", "database")).await.expect("the connection lives on");
 }
