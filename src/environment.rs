@@ -43,6 +43,9 @@ pub struct AwsSettings {
     pub endpoint: Option<String>,
     /// A role to assume.
     pub role_arn: Option<String>,
+    /// Another endpoint of STS, which gives the role's credentials, under the same rule as `endpoint`; without it, that
+    /// of the region. Only with `role_arn`.
+    pub sts_endpoint: Option<String>,
     /// How a name is formed there: must hold `{name}`, and `{environment}` unless the account is the environment's
     /// alone. Default `{environment}/{name}`.
     pub name_template: Option<String>,
@@ -253,23 +256,13 @@ fn resolve(name: EnvironmentName, table: Config) -> Result<Environment, Environm
     })
 }
 
-/// Refuses an endpoint over plain HTTP that leaves the machine, and a template that would map two secrets to one name.
+/// Refuses endpoints over plain HTTP that leave the machine, and a template that would map two secrets to one name.
 fn checked(aws: AwsSettings) -> Result<AwsSettings, String> {
-    if let Some(endpoint) = &aws.endpoint {
-        let uri: http::Uri = endpoint.parse().map_err(|_| "aws.endpoint is not a URL".to_owned())?;
-        let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
-        let loopback = host == "localhost"
-            || host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback());
-        match uri.scheme_str() {
-            Some("https") => {}
-            Some("http") if loopback => {}
-            Some("http") => {
-                return Err(format!(
-                    "aws.endpoint over http:// to `{host}` would send secrets in the clear; use https://"
-                ));
-            }
-            _ => return Err("aws.endpoint must start with https:// (or http:// on loopback)".to_owned()),
-        }
+    for (key, endpoint) in [("aws.endpoint", &aws.endpoint), ("aws.sts_endpoint", &aws.sts_endpoint)] {
+        endpoint.as_deref().map_or(Ok(()), |endpoint| check_endpoint(key, endpoint))?;
+    }
+    if aws.sts_endpoint.is_some() && aws.role_arn.is_none() {
+        return Err("aws.sts_endpoint is asked for a role alone; set aws.role_arn, or remove it".to_owned());
     }
     if let Some(template) = &aws.name_template
         && template.matches("{name}").count() != 1
@@ -277,6 +270,21 @@ fn checked(aws: AwsSettings) -> Result<AwsSettings, String> {
         return Err("aws.name_template must hold `{name}` exactly once".to_owned());
     }
     Ok(aws)
+}
+
+fn check_endpoint(key: &str, endpoint: &str) -> Result<(), String> {
+    let uri: http::Uri = endpoint.parse().map_err(|_| format!("{key} is not a URL"))?;
+    let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
+    let loopback =
+        host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback());
+    match uri.scheme_str() {
+        Some("https") => Ok(()),
+        Some("http") if loopback => Ok(()),
+        Some("http") => {
+            Err(format!("{key} over http:// to `{host}` would send secrets in the clear; use https://"))
+        }
+        _ => Err(format!("{key} must start with https:// (or http:// on loopback)")),
+    }
 }
 
 #[cfg(test)]
@@ -312,6 +320,34 @@ mod tests {
             assert_eq!(from_toml(bad).unwrap_err().reason(), Reason::InvalidConfig, "{bad}");
         }
         assert!(from_toml("[a]\nstore = \"aws\"\naws.endpoint = \"http://127.0.0.1:5000\"").is_ok());
+    }
+
+    #[test]
+    fn both_endpoints_are_under_one_rule() {
+        let role = "role_arn = \"arn:aws:iam::123456789012:role/claviger\"";
+        for key in ["endpoint", "sts_endpoint"] {
+            let table = |url: &str| from_toml(&format!("[a.aws]\n{role}\n{key} = \"{url}\""));
+            for fine in
+                ["https://vpce-1.example.com", "http://127.0.0.1:5000", "http://[::1]:1", "http://localhost"]
+            {
+                assert!(table(fine).is_ok(), "{key} {fine}");
+            }
+            for (bad, said) in [
+                ("http://10.0.0.1", "in the clear"),
+                ("http://127.0.0.1@10.0.0.1", "in the clear"),
+                ("http://localhost.example.com", "in the clear"),
+                ("ftp://127.0.0.1", "must start with https://"),
+                ("127.0.0.1:5000", "must start with https://"),
+                ("", "is not a URL"),
+            ] {
+                let error = table(bad).unwrap_err();
+                assert_eq!(error.reason(), Reason::InvalidConfig);
+                let error = error.to_string();
+                assert!(error.contains(&format!("aws.{key} ")) && error.contains(said), "{error}");
+            }
+        }
+        let alone = from_toml("[a.aws]\nsts_endpoint = \"https://sts.example.com\"").unwrap_err().to_string();
+        assert!(alone.contains("set aws.role_arn"), "{alone}");
     }
 
     #[test]

@@ -54,28 +54,52 @@ fn module_of(file: &Path, root: &Path) -> Option<String> {
     (name != "lib").then_some(name)
 }
 
-/// Every module that a source text names behind `crate::` (or, in the binary, `claviger::`), with its line; comments
+/// Every module that a source text names behind `crate::` (or, in the binary, `claviger::`), with its line. Comments
 /// are left out, because a link in them is no use.
 fn uses(text: &str, root: &str) -> Vec<(String, usize)> {
+    let code: String = text.lines().map(without_comment).collect::<Vec<_>>().join("\n");
     let mut found = Vec::new();
-    for (index, line) in text.lines().enumerate() {
-        let code = line.split("//").next().unwrap_or_default();
-        for (position, _) in code.match_indices(root) {
-            let rest = &code[position + root.len()..];
-            let names: Vec<&str> = match rest.strip_prefix('{') {
-                Some(group) => group.split(',').map(str::trim).collect(),
-                None => vec![rest],
-            };
-            for name in names {
-                let name: String =
-                    name.chars().take_while(|c| c.is_ascii_alphanumeric() || *c == '_').collect();
-                if !name.is_empty() {
-                    found.push((name, index + 1));
-                }
-            }
+    for (position, _) in code.match_indices(root) {
+        let line = code[..position].matches('\n').count() + 1;
+        let rest = &code[position + root.len()..];
+        for name in first_names(rest) {
+            found.push((name, line));
         }
     }
     found
+}
+
+/// The line up to a comment; `//` behind a quotation mark that is still open is text.
+fn without_comment(line: &str) -> &str {
+    let comment = line.match_indices("//").find(|(at, _)| line[..*at].matches('"').count().is_multiple_of(2));
+    comment.map_or(line, |(at, _)| &line[..at])
+}
+
+/// The first segment of a path; of each path, where it starts with a group, over as many lines as it has.
+fn first_names(rest: &str) -> Vec<String> {
+    let name = |text: &str| -> String {
+        text.trim_start().chars().take_while(|c| c.is_ascii_alphanumeric() || *c == '_').collect()
+    };
+    let Some(group) = rest.strip_prefix('{') else {
+        return Some(name(rest)).filter(|name| !name.is_empty()).into_iter().collect();
+    };
+    let (mut names, mut depth, mut start) = (Vec::new(), 0_i32, 0);
+    for (at, c) in group.char_indices() {
+        match c {
+            '{' => depth += 1,
+            '}' if depth > 0 => depth -= 1,
+            '}' | ',' if depth == 0 => {
+                names.push(name(&group[start..at]));
+                start = at + 1;
+                if c == '}' {
+                    break;
+                }
+            }
+            _ => {}
+        }
+    }
+    names.retain(|name| !name.is_empty());
+    names
 }
 
 fn rank(module: &str) -> Option<usize> {
@@ -131,6 +155,11 @@ fn the_check_can_fail() {
     assert_eq!(violations(&source("secret", "use crate::broker::Broker;")).len(), 1);
     assert_eq!(violations(&source("kv", "let x = crate::cli::run();")).len(), 1);
     assert_eq!(violations(&source("kv", "use crate::{error::Reason, server};")).len(), 1);
+    assert_eq!(
+        violations(&source("kv", "use crate::{\n    error::{Reason, Reasoned},\n    server,\n};")).len(),
+        1
+    );
+    assert_eq!(violations(&source("kv", "let x = \"a//b\"; crate::cli::run();")).len(), 1);
     assert_eq!(violations(&source("novelty", "")).len(), 1);
     assert_eq!(violations(&source("broker", "use crate::policy::Grant; // crate::cli")).len(), 0);
 }

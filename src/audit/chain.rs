@@ -1,7 +1,7 @@
 //! The line format: what a record becomes, how a line is taken apart again, and the hash between them. No I/O.
 //!
-//! A line is read by position, not by JSON: hash, sequence, previous hash and time stand where the writer puts them
-//! or the line is not one of this log. Only the fields behind them are parsed as JSON, strictly.
+//! A line is read by position, not by JSON: hash, sequence, previous hash, time and instance stand where the writer
+//! puts them or the line is not one of a log. Only the fields behind them are parsed as JSON, strictly.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -121,11 +121,13 @@ pub(super) enum Notice {
     Start { version: String, unsigned: u64 },
     /// The log was closed in good order.
     Shutdown {},
-    /// `key` signs the [`Statement`](super::checkpoint::Statement) that `head` was the hash of the record before.
-    Checkpoint { head: ChainHash, kv_revision: u64, key: String, signature: String },
+    /// `key` signs the [`Statement`](super::checkpoint::Statement) that `head` was the hash of the record before, and
+    /// that the stores had seen `generation` changes.
+    Checkpoint { head: ChainHash, generation: u64, key: String, signature: String },
     /// So many bytes with this SHA-256 were cut off the end of `segment`.
     Repaired { segment: String, bytes: u64, sha256: ChainHash },
-    /// `segment`, which ended with the record before this one, is no longer what was written.
+    /// `segment`, which ended with the record before this one, is no longer what was written; or it was the last when
+    /// a start was told to accept a loss, which `problem` names.
     Lost { segment: String, problem: String },
     /// Everything before record `first` may be gone; `first_prev` is the hash of the record before it.
     Retention { first: u64, first_prev: ChainHash, removed: u64 },
@@ -266,21 +268,28 @@ fn cut(text: &mut String, most: usize) {
     }
 }
 
-/// Lines under construction. Keeps its memory from one batch to the next.
-#[derive(Debug, Default)]
+/// Lines of one instance under construction. Keeps its memory from one batch to the next.
+#[derive(Debug)]
 pub(super) struct Lines {
+    instance: String,
     bytes: Vec<u8>,
     body: Vec<u8>,
 }
 
 impl Lines {
+    /// `instance` is a [permitted name](super::segment::is_instance), so that it needs no escaping.
+    pub(super) fn new(instance: &str) -> Self {
+        Self { instance: instance.to_owned(), bytes: Vec::new(), body: Vec::new() }
+    }
+
     /// Adds the line that follows `head` and returns the new head.
     pub(super) fn push(&mut self, head: Head, time: &str, fields: &Fields) -> Head {
-        let Self { bytes, body } = self;
+        let Self { instance, bytes, body } = self;
         let seq = head.seq + 1;
         body.clear();
         // Writing to memory can't fail.
-        let _ = write!(body, r#""seq":{seq},"prev":"{}","time":"{time}","#, head.hash);
+        let _ =
+            write!(body, r#""seq":{seq},"prev":"{}","time":"{time}","instance":"{instance}","#, head.hash);
         body.extend_from_slice(fields.0.strip_prefix(b"{").unwrap_or_default());
         let hash = ChainHash::of_body(body);
         let _ = write!(bytes, r#"{{"hash":"{hash}","#);
@@ -308,6 +317,8 @@ pub(super) struct Frame<'a> {
     pub(super) prev: ChainHash,
     pub(super) hash: ChainHash,
     pub(super) time: &'a str,
+    /// As it stands there, which may be anything but a `"`.
+    pub(super) instance: &'a str,
     body: &'a str,
     fields: &'a str,
 }
@@ -320,10 +331,11 @@ impl<'a> Frame<'a> {
         let body = rest.strip_prefix(r#"","#)?;
         let (seq, rest) = body.strip_prefix(r#""seq":"#)?.split_once(',')?;
         let (prev, rest) = hash_behind(rest, r#""prev":""#)?;
-        let (time, fields) = rest.strip_prefix(r#"","time":""#)?.split_once(r#"","#)?;
+        let (time, rest) = rest.strip_prefix(r#"","time":""#)?.split_once(r#"","#)?;
+        let (instance, fields) = rest.strip_prefix(r#""instance":""#)?.split_once(r#"","#)?;
         let canonical = seq.bytes().all(|digit| digit.is_ascii_digit()) && !seq.starts_with('0');
         let seq = seq.parse().ok().filter(|_| canonical)?;
-        Some(Self { seq, prev, hash, time, body, fields })
+        Some(Self { seq, prev, hash, time, instance, body, fields })
     }
 
     /// Whether the line's bytes have the line's hash.
@@ -334,6 +346,14 @@ impl<'a> Frame<'a> {
     /// Whether this is the record behind `head`.
     pub(super) fn follows(&self, head: Head) -> bool {
         head.seq.checked_add(1) == Some(self.seq) && self.prev == head.hash
+    }
+
+    /// What is wrong with the record where it is one of another instance than `instance`.
+    pub(super) fn astray(&self, instance: &str) -> Option<String> {
+        (self.instance != instance).then(|| {
+            let other: String = self.instance.escape_debug().take(64).collect();
+            format!("record {} is one of instance `{other}`", self.seq)
+        })
     }
 
     /// Where the chain stands with this record.
@@ -377,7 +397,7 @@ mod tests {
     const TIME: &str = "2026-01-02T03:04:05.000006Z";
 
     fn line(record: Record) -> String {
-        let mut lines = Lines::default();
+        let mut lines = Lines::new("a");
         lines.push(Head::genesis("a"), TIME, &Fields::of_record(record).unwrap());
         String::from_utf8(lines.bytes().to_vec()).unwrap()
     }
@@ -396,8 +416,9 @@ mod tests {
         let genesis = ChainHash::genesis("a");
         assert_eq!(
             body,
-            format!(r#""seq":1,"prev":"{genesis}","time":"{TIME}","kind":"access","secret":"database"}}"#)
-                + "\n"
+            format!(
+                r#""seq":1,"prev":"{genesis}","time":"{TIME}","instance":"a","kind":"access","secret":"database"}}"#
+            ) + "\n"
         );
         let input = [b"\x01", body.trim_end().as_bytes()].concat();
         assert_eq!(hash, HEXLOWER.encode(digest::digest(&digest::SHA256, &input).as_ref()));
@@ -405,7 +426,7 @@ mod tests {
 
     #[test]
     fn a_line_comes_back_and_lines_follow_each_other() {
-        let mut lines = Lines::default();
+        let mut lines = Lines::new("a");
         let fields = Fields::of_record(Record { action: "read".to_owned(), ..Record::default() }).unwrap();
         let first = lines.push(Head::genesis("a"), TIME, &fields);
         let second = lines.push(first, TIME, &Fields::of_notice(&Notice::Shutdown {}).unwrap());
@@ -415,6 +436,8 @@ mod tests {
         assert!(frames[0].follows(Head::genesis("a")) && !frames[0].follows(Head::genesis("b")));
         assert!(frames[1].follows(first));
         assert_eq!(frames[1].head(), second);
+        assert_eq!(frames[1].astray("a"), None);
+        assert_eq!(frames[1].astray("b").unwrap(), "record 2 is one of instance `a`");
         assert_eq!(frames[0].entry().unwrap().kind(), Kind::Access);
         assert_eq!(frames[1].entry().unwrap(), Entry::Notice(Notice::Shutdown {}));
     }
@@ -427,7 +450,7 @@ mod tests {
             Notice::Shutdown {},
             Notice::Checkpoint {
                 head: hash,
-                kv_revision: u64::MAX,
+                generation: u64::MAX,
                 key: "k".to_owned(),
                 signature: "s".to_owned(),
             },
@@ -435,7 +458,7 @@ mod tests {
             Notice::Lost { segment: "1.jsonl".to_owned(), problem: "deleted".to_owned() },
             Notice::Retention { first: 9, first_prev: hash, removed: 1 },
         ] {
-            let mut lines = Lines::default();
+            let mut lines = Lines::new("a");
             lines.push(Head::genesis("a"), TIME, &Fields::of_notice(&notice).unwrap());
             let frame = Frame::parse(lines.bytes().strip_suffix(b"\n").unwrap()).unwrap();
             assert_eq!(frame.entry().unwrap(), Entry::Notice(notice));
@@ -512,6 +535,8 @@ mod tests {
             &good.replace("\"seq\":1", "\"seq\":0"),
             &good.replace("\"seq\":1", "\"seq\":99999999999999999999"),
             &good.replace("\"hash\"", " \"hash\""),
+            &good.replace("\"instance\":\"a\",", ""),
+            &good.replace("\"instance\":\"a\"", "\"instance\":5"),
             &format!(" {good}"),
             &upper,
         ] {
@@ -570,7 +595,8 @@ mod tests {
         #[test]
         fn what_resembles_a_line_is_taken_apart_without_panic(seq in "[0-9+ ]{0,22}", rest in ".{0,60}") {
             let hash = ChainHash::genesis("a");
-            let text = format!(r#"{{"hash":"{hash}","seq":{seq},"prev":"{hash}","time":"{TIME}","kind":"{rest}"#);
+            let before = format!(r#"{{"hash":"{hash}","seq":{seq},"prev":"{hash}","time":"{TIME}""#);
+            let text = format!(r#"{before},"instance":"a","kind":"{rest}"#);
             if let Some(frame) = Frame::parse(text.as_bytes()) {
                 let _ = frame.entry();
             }

@@ -8,7 +8,7 @@
 //! <instance>
 //! <sequence of the record before>
 //! <hash of the record before, 64 hex digits>
-//! <kv revision>
+//! <generation>
 //! <time of the checkpoint's own line, as it stands there>
 //! ```
 //!
@@ -31,21 +31,22 @@ pub(super) struct Statement<'a> {
     pub(super) instance: &'a str,
     /// The record before the checkpoint.
     pub(super) head: Head,
-    pub(super) kv_revision: u64,
+    /// See [`Settings::generation`](super::Settings::generation).
+    pub(super) generation: u64,
     pub(super) time: &'a str,
 }
 
 impl<'a> Statement<'a> {
     /// What the checkpoint on this line should say.
-    pub(super) fn of(instance: &'a str, line: &Frame<'a>, kv_revision: u64) -> Self {
+    pub(super) fn of(instance: &'a str, line: &Frame<'a>, generation: u64) -> Self {
         let head = Head { seq: line.seq.saturating_sub(1), hash: line.prev };
-        Self { instance, head, kv_revision, time: line.time }
+        Self { instance, head, generation, time: line.time }
     }
 
     fn text(&self) -> String {
-        let Self { instance, head, kv_revision, time } = self;
+        let Self { instance, head, generation, time } = self;
         format!(
-            "claviger audit checkpoint v1\n{instance}\n{}\n{}\n{kv_revision}\n{time}\n",
+            "claviger audit checkpoint v1\n{instance}\n{}\n{}\n{generation}\n{time}\n",
             head.seq, head.hash
         )
     }
@@ -82,7 +83,7 @@ impl SigningKey {
     pub fn from_pkcs8(document: &[u8]) -> Result<Self, AuditError> {
         let pair = Ed25519KeyPair::from_pkcs8_maybe_unchecked(document).map_err(|error| {
             refused(format!(
-                "not an unencrypted Ed25519 private key in PKCS#8 DER ({error}); make one with `claviger key init`"
+                "not an unencrypted Ed25519 private key in PKCS#8 DER ({error}); put back the key that this log was signed with"
             ))
         })?;
         let public = VerifyingKey::from_bytes(pair.public_key().as_ref())?;
@@ -199,7 +200,7 @@ mod tests {
 
     fn statement() -> Statement<'static> {
         let head = Head { seq: 7, hash: ChainHash::genesis("a") };
-        Statement { instance: "a", head, kv_revision: 41, time: "2026-01-02T03:04:05Z" }
+        Statement { instance: "a", head, generation: 41, time: "2026-01-02T03:04:05Z" }
     }
 
     #[test]
@@ -220,7 +221,7 @@ mod tests {
             Statement { instance: "b", ..statement() },
             Statement { head: Head { seq: 8, ..seven }, ..statement() },
             Statement { head: Head { hash: ChainHash::genesis("b"), ..seven }, ..statement() },
-            Statement { kv_revision: 42, ..statement() },
+            Statement { generation: 42, ..statement() },
             Statement { time: "2026-01-02T03:04:06Z", ..statement() },
         ] {
             assert!(!public.admits(&other, &signature), "{other:?}");

@@ -13,7 +13,7 @@ use super::checkpoint::SigningKey;
 use super::queue::{Queue, Submission};
 use super::segment::unavailable;
 use super::writer::Writer;
-use super::{AuditError, Record};
+use super::{Anchor, AuditError, Record};
 use crate::clock::SharedClock;
 use crate::environment::Durability;
 
@@ -31,9 +31,16 @@ pub struct Settings {
     pub segment_bytes: u64,
     /// How old a segment's newest record is at least when the segment is removed. Default 730 days.
     pub retention: Duration,
-    /// The key-value layer's durable revision, which each checkpoint vouches for. Called by the log's thread, and by
-    /// [`Log::open`] itself; must not block. Default 0.
-    pub kv_revision: Arc<dyn Fn() -> u64 + Send + Sync>,
+    /// The authenticated number of changes that the broker's stores have seen, which each checkpoint vouches for. It
+    /// only ever grows. Called by the log's thread, and by [`Log::open`] itself; must not block. Default 0.
+    pub generation: Arc<dyn Fn() -> u64 + Send + Sync>,
+    /// A record of this instance that is known from elsewhere to have been written: the [`Log::last_checkpoint`] of
+    /// an earlier run. A chain without it is refused. Default none, where a cut tail goes unnoticed.
+    pub expected: Option<Anchor>,
+    /// Goes on where the chain lacks what is [`expected`](Self::expected), or the stores report a lower
+    /// [`generation`](Self::generation) than it vouches for, and records each as lost. Checkpoints then vouch for the
+    /// stores as they are. Default `false`.
+    pub accept_loss: bool,
 }
 
 impl Settings {
@@ -45,7 +52,9 @@ impl Settings {
             instance: instance.into(),
             segment_bytes: 64 << 20,
             retention: Duration::from_secs(730 * 86_400),
-            kv_revision: Arc::new(|| 0),
+            generation: Arc::new(|| 0),
+            expected: None,
+            accept_loss: false,
         }
     }
 }
@@ -57,6 +66,8 @@ impl fmt::Debug for Settings {
             .field("instance", &self.instance)
             .field("segment_bytes", &self.segment_bytes)
             .field("retention", &self.retention)
+            .field("expected", &self.expected)
+            .field("accept_loss", &self.accept_loss)
             .finish_non_exhaustive()
     }
 }
@@ -73,7 +84,7 @@ struct Inner {
     shared: Arc<Shared>,
     directory: PathBuf,
     instance: String,
-    anchored_kv_revision: u64,
+    anchored_generation: u64,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -83,6 +94,8 @@ pub(super) struct Shared {
     pub(super) lines: broadcast::Sender<Arc<str>>,
     /// What the last attempt to write failed with.
     pub(super) trouble: Mutex<Option<AuditError>>,
+    /// The newest checkpoint that is known to be on the disk.
+    pub(super) checkpoint: Mutex<Option<Anchor>>,
 }
 
 impl Log {
@@ -90,7 +103,8 @@ impl Log {
     /// record. Starts one thread.
     ///
     /// # Errors
-    /// [`AuditError::Broken`] where the chain can't be continued, [`AuditError::Locked`] where another writer has it,
+    /// [`AuditError::Broken`] where the chain can't be continued, [`AuditError::Cut`] where it lacks the record that
+    /// is expected and no loss is accepted, [`AuditError::Locked`] where another writer has it,
     /// [`AuditError::Unusable`], [`AuditError::Unreadable`], [`AuditError::Unavailable`].
     pub fn open(settings: Settings, key: SigningKey, clock: SharedClock) -> Result<Self, AuditError> {
         let (directory, instance) = (settings.directory.clone(), settings.instance.clone());
@@ -99,11 +113,12 @@ impl Log {
             queue: Queue::new(path.display().to_string()),
             lines: broadcast::Sender::new(SUBSCRIBER_LAG),
             trouble: Mutex::new(None),
+            checkpoint: Mutex::new(None),
         });
-        let (writer, anchored_kv_revision) = Writer::open(settings, key, clock, Arc::clone(&shared))?;
+        let (writer, anchored_generation) = Writer::open(settings, key, clock, Arc::clone(&shared))?;
         let thread = thread::Builder::new().name("claviger-audit".to_owned()).spawn(move || writer.run());
         let thread = Some(thread.map_err(|error| unavailable(&path, &error))?);
-        let inner = Inner { shared, directory, instance, anchored_kv_revision, thread };
+        let inner = Inner { shared, directory, instance, anchored_generation, thread };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -160,11 +175,20 @@ impl Log {
         shared.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone().map_or(Ok(()), Err)
     }
 
-    /// The highest key-value revision that a checkpoint found at the start vouches for; 0 without one. A key-value
-    /// layer that is older was brought back from the past.
+    /// The [generation](Settings::generation) that the chain found at the start vouches for, before any loss was
+    /// accepted; 0 without a checkpoint. A store that reports less was brought back from the past.
     #[must_use]
-    pub fn anchored_kv_revision(&self) -> u64 {
-        self.inner.anchored_kv_revision
+    pub fn anchored_generation(&self) -> u64 {
+        self.inner.anchored_generation
+    }
+
+    /// The newest checkpoint that is on the disk: the place of its own record. It is there from the start on, and
+    /// after [`close`](Self::close) it is the shutdown's. Kept elsewhere, it is what the next start
+    /// [expects](Settings::expected); that of a log whose loss was accepted may have a lower sequence than the one
+    /// kept before, and takes its place all the same. Cheap: a lock and a copy.
+    #[must_use]
+    pub fn last_checkpoint(&self) -> Option<Anchor> {
+        self.inner.shared.checkpoint.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The folder of all instances.

@@ -3,20 +3,24 @@
 //! ```text
 //! DIR/audit/<instance>/<first sequence, 20 digits>.jsonl     0600, one chain per instance across its segments
 //!
-//! {"hash":"<64 hex>","seq":7,"prev":"<64 hex>","time":"…","kind":"access",…fields…}\n
+//! {"hash":"<64 hex>","seq":7,"prev":"<64 hex>","time":"…","instance":"…","kind":"access",…fields…}\n
 //!          └ SHA-256(0x01 ‖ every byte of the line behind `{"hash":"<64 hex>",` up to the newline)
 //!                             `prev` is the hash of record 6, so the hash covers the whole past; the first record's
 //!                             is SHA-256(0x00 ‖ `claviger audit chain v1` ‖ newline ‖ instance)
 //!
-//! {"hash":"…","seq":100,"prev":"…","time":"…","kind":"checkpoint","head":"…","kv_revision":41,"key":"<16 hex>","signature":"<base64>"}
+//! {"hash":"…","seq":100,"prev":"…","time":"…","instance":"…","kind":"checkpoint","head":"…","generation":41,
+//!                                                                "key":"<16 hex>","signature":"<base64>"}     one line
 //! ```
 //!
 //! A chain alone can be rewritten by whoever can write the file; a checkpoint can't without the signing key. What
 //! follows the last checkpoint is unanchored, and verification says so. A cut tail shows only against an [`Anchor`]:
-//! a sequence and its hash, kept elsewhere.
+//! a sequence and its hash, kept elsewhere. A log and its stores each keep such a mark of the other: a checkpoint holds
+//! the stores' `generation`, and the place of the [last checkpoint](Log::last_checkpoint) comes back to the next start
+//! as [what is expected](Settings::expected) of the chain. Neither can go back in time alone without being noticed.
 
 mod chain;
 mod checkpoint;
+mod expected;
 mod log;
 mod query;
 mod queue;
@@ -55,7 +59,8 @@ pub enum Kind {
     Checkpoint,
     /// A torn last line, left by a crash, was cut off.
     Repaired,
-    /// The file that the log was writing to was deleted or replaced.
+    /// The log is no longer what was written: its file was deleted or replaced while it ran. Or a start was told to
+    /// go on with a log, or with stores, that are less than they are known to have been.
     Lost,
     /// Old segments were removed as the retention says.
     Retention,
@@ -172,6 +177,16 @@ pub enum AuditError {
         /// What is wrong.
         problem: String,
     },
+    /// The log on the disk lacks a record that is known to have been written.
+    #[error(
+        "audit log {path} was cut or replaced: {problem}; restore the log, or start once with `--accept-loss`, which records the loss"
+    )]
+    Cut {
+        /// The instance's folder.
+        path: String,
+        /// Which record is expected, and what was found.
+        problem: String,
+    },
     /// Another process, or another log of this one, writes this chain.
     #[error(
         "audit log {path} is in use by another broker; stop it, or give this one an instance name of its own"
@@ -219,7 +234,7 @@ impl Reasoned for AuditError {
     fn reason(&self) -> Reason {
         match self {
             Self::Unavailable { .. } | Self::Unreadable { .. } => Reason::AuditUnavailable,
-            Self::Broken { .. } => Reason::AuditBroken,
+            Self::Broken { .. } | Self::Cut { .. } => Reason::AuditBroken,
             Self::Locked { .. } => Reason::Locked,
             Self::Unusable { .. } => Reason::InvalidConfig,
             Self::Record(_) => Reason::Internal,

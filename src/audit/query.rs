@@ -18,6 +18,8 @@ const MAX_LIMIT: usize = 10_000;
 /// Which records are wanted: those that satisfy everything that is set. Texts are compared exactly.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Query {
+    /// The instance whose chain is searched.
+    pub instance: Option<String>,
     /// The principal, as the record has it: `User::"ana"`.
     pub principal: Option<String>,
     /// The action.
@@ -45,6 +47,7 @@ pub struct Query {
 impl Default for Query {
     fn default() -> Self {
         Self {
+            instance: None,
             principal: None,
             action: None,
             environment: None,
@@ -71,7 +74,8 @@ pub fn query(directory: &Path, query: &Query) -> Result<Vec<String>, AuditError>
     query.check()?;
     let mut skipped = 0;
     let mut chains = Vec::new();
-    for instance in instances(directory)? {
+    let wanted = |name: &String| query.instance.as_ref().is_none_or(|wanted| wanted == name);
+    for instance in instances(directory)?.into_iter().filter(wanted) {
         chains.push(search(&directory.join(instance), query, &mut skipped)?);
     }
     if skipped > 0 {

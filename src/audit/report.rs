@@ -49,7 +49,8 @@ impl FromStr for Anchor {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FindingKind {
-    /// A line is not one of this log: cut, too long, not JSON, or with a field that no record has.
+    /// A line is not one of this log: cut, too long, not JSON, with a field that no record has, or of another
+    /// instance.
     Malformed,
     /// A line was changed: its bytes don't have its hash.
     HashMismatch,
@@ -148,7 +149,7 @@ pub struct InstanceReport {
     pub torn_bytes: u64,
     /// How often a start cut off a torn line.
     pub repairs: u64,
-    /// How often the writer noticed that its file was no longer what it wrote.
+    /// How many [`Lost`](super::Kind::Lost) records there are: what is left may be whole, but is not all there was.
     pub losses: u64,
     /// Whether the log was closed in good order and not opened since.
     pub clean_shutdown: bool,

@@ -20,8 +20,9 @@ pub(super) struct Resumed {
     pub(super) torn: Option<Notice>,
     /// How many records follow the last checkpoint by this key.
     pub(super) unsigned: u64,
-    /// The highest revision that a checkpoint read here vouches for.
-    pub(super) kv_revision: u64,
+    /// The generation that the last checkpoint by this key vouches for, or a higher one of a checkpoint behind it by
+    /// another key: that can't be checked here, and so may raise what is asked of the stores but not lower it.
+    pub(super) generation: u64,
 }
 
 /// Checks the end of a chain: the last segment, and those before it back to a checkpoint by `key`.
@@ -31,7 +32,7 @@ pub(super) struct Resumed {
 pub(super) fn resume(folder: &Path, instance: &str, key: &VerifyingKey) -> Result<Resumed, AuditError> {
     let segments = segment::list(folder)?.segments;
     let mut resumed =
-        Resumed { head: Head::genesis(instance), segment: None, torn: None, unsigned: 0, kv_revision: 0 };
+        Resumed { head: Head::genesis(instance), segment: None, torn: None, unsigned: 0, generation: 0 };
     // What the segment read last begins with, which this one must end with.
     let mut due: Option<Head> = None;
     for first in segments.iter().rev() {
@@ -43,7 +44,7 @@ pub(super) fn resume(folder: &Path, instance: &str, key: &VerifyingKey) -> Resul
             return Err(tail.broken("it ends in a damaged line, and a later segment follows it"));
         }
         resumed.unsigned += tail.unsigned;
-        resumed.kv_revision = resumed.kv_revision.max(tail.kv_revision);
+        resumed.generation = resumed.generation.max(tail.generation);
         match (due, tail.head) {
             (None, Some(head)) => resumed.head = head,
             (Some(due), Some(head)) if due != head => {
@@ -79,7 +80,7 @@ struct Tail {
     /// The first record says that the segment before it was lost.
     explains_gap: bool,
     unsigned: u64,
-    kv_revision: u64,
+    generation: u64,
 }
 
 /// Why a line is not taken.
@@ -88,6 +89,14 @@ enum Flaw {
     Torn(&'static str),
     /// As no crash does.
     Wrong(String),
+}
+
+impl Flaw {
+    /// Of a line that has its end. A crash leaves one where a page before its last did not reach the disk, which then
+    /// reads as zeros; nothing else does.
+    fn of_whole(line: &[u8], problem: &'static str) -> Self {
+        if line.contains(&0) { Self::Torn(problem) } else { Self::Wrong(problem.to_owned()) }
+    }
 }
 
 impl Tail {
@@ -104,7 +113,7 @@ impl Tail {
             is_signed: false,
             explains_gap: false,
             unsigned: 0,
-            kv_revision: 0,
+            generation: 0,
         };
         let mut flaw = None;
         while let Some(chunk) = lines.read()? {
@@ -132,9 +141,12 @@ impl Tail {
     }
 
     fn take(&mut self, line: &[u8], instance: &str, key: &VerifyingKey, first: u64) -> Result<(), Flaw> {
-        let frame = Frame::parse(line).ok_or(Flaw::Torn("the line is not a record"))?;
+        let frame = Frame::parse(line).ok_or_else(|| Flaw::of_whole(line, "the line is not a record"))?;
         if !frame.is_authentic() {
-            return Err(Flaw::Torn("the record was changed"));
+            return Err(Flaw::of_whole(line, "the record was changed"));
+        }
+        if let Some(problem) = frame.astray(instance) {
+            return Err(Flaw::Wrong(problem));
         }
         match self.head {
             None if frame.seq != first => {
@@ -151,11 +163,9 @@ impl Tail {
             self.explains_gap = matches!(entry, Entry::Notice(Notice::Lost { .. }));
         }
         self.unsigned += 1;
-        if let Entry::Notice(Notice::Checkpoint { head, kv_revision, key: id, signature }) = entry {
-            self.kv_revision = self.kv_revision.max(kv_revision);
+        if let Entry::Notice(Notice::Checkpoint { head, generation, key: id, signature }) = entry {
             if id == key.id() {
-                if head != frame.prev
-                    || !key.admits(&Statement::of(instance, &frame, kv_revision), &signature)
+                if head != frame.prev || !key.admits(&Statement::of(instance, &frame, generation), &signature)
                 {
                     return Err(Flaw::Wrong(
                         "the checkpoint's signature does not fit the chain before it".to_owned(),
@@ -163,7 +173,9 @@ impl Tail {
                 }
                 self.is_signed = true;
                 self.unsigned = 0;
+                self.generation = generation;
             }
+            self.generation = self.generation.max(generation);
         }
         self.head = Some(frame.head());
         self.whole += u64::try_from(line.len()).unwrap_or(u64::MAX).saturating_add(1);

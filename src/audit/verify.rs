@@ -39,6 +39,25 @@ pub fn verify(directory: &Path, keys: &[VerifyingKey], anchors: &[Anchor]) -> Re
     Ok(report)
 }
 
+/// Whether an instance's chain begins behind `anchor` because a retention record that `key` vouches for says so. Reads
+/// the whole chain, which must have no other fault: in a damaged one nothing is believed.
+///
+/// # Errors
+/// [`AuditError::Unreadable`].
+pub(super) fn gave_up(
+    folder: &Path,
+    instance: &str,
+    key: &VerifyingKey,
+    anchor: &Anchor,
+) -> Result<bool, AuditError> {
+    let keys = [(key.id(), *key)];
+    let mut report = Report::default();
+    let mut walk = Walk::new(instance, &keys, vec![(anchor, false)], &mut report);
+    walk.chain(folder)?;
+    drop(walk.finish());
+    Ok(report.findings.iter().all(|finding| finding.kind == FindingKind::UnknownKey))
+}
+
 /// The names of the instances below the log's folder, sorted.
 pub(super) fn instances(directory: &Path) -> Result<Vec<String>, AuditError> {
     let failed = |error| unreadable(directory, &error);
@@ -76,6 +95,8 @@ struct Walk<'a> {
     retention: Option<(u64, ChainHash)>,
     signed_retention: Option<(u64, ChainHash)>,
     after_shutdown: bool,
+    /// The last record was one of another instance: a folder under another name is one finding, not a thousand.
+    is_astray: bool,
     unknown_keys: BTreeSet<String>,
 }
 
@@ -99,6 +120,7 @@ impl<'a> Walk<'a> {
             retention: None,
             signed_retention: None,
             after_shutdown: false,
+            is_astray: false,
             unknown_keys: BTreeSet::new(),
         }
     }
@@ -166,6 +188,11 @@ impl<'a> Walk<'a> {
             let message = format!("its name says {first}, its first record is {}", frame.seq);
             self.add(FindingKind::SegmentName, Some(frame.seq), message);
         }
+        let astray = frame.astray(self.instance);
+        let was_astray = std::mem::replace(&mut self.is_astray, astray.is_some());
+        if let Some(problem) = astray.filter(|_| !was_astray) {
+            self.add(FindingKind::Malformed, Some(frame.seq), problem);
+        }
         if !self.is_in_place(&frame) {
             return;
         }
@@ -201,8 +228,8 @@ impl<'a> Walk<'a> {
 
     fn notice(&mut self, frame: &Frame<'_>, notice: Notice) {
         match notice {
-            Notice::Checkpoint { head, kv_revision, key, signature } => {
-                self.checkpoint(frame, head, kv_revision, &key, &signature);
+            Notice::Checkpoint { head, generation, key, signature } => {
+                self.checkpoint(frame, head, generation, &key, &signature);
             }
             Notice::Retention { first, first_prev, .. } => self.retention = Some((first, first_prev)),
             Notice::Repaired { .. } => self.found.repairs += 1,
@@ -215,7 +242,7 @@ impl<'a> Walk<'a> {
         &mut self,
         frame: &Frame<'_>,
         head: ChainHash,
-        kv_revision: u64,
+        generation: u64,
         key: &str,
         signature: &str,
     ) {
@@ -228,7 +255,7 @@ impl<'a> Walk<'a> {
             }
             return;
         };
-        if head != frame.prev || !known.admits(&Statement::of(self.instance, frame, kv_revision), signature) {
+        if head != frame.prev || !known.admits(&Statement::of(self.instance, frame, generation), signature) {
             let message = "its signature does not fit the chain before it".to_owned();
             return self.add(FindingKind::BadSignature, Some(frame.seq), message);
         }

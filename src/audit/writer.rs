@@ -17,11 +17,12 @@ use std::time::Duration;
 
 use super::chain::{Fields, Head, Lines, Notice};
 use super::checkpoint::{SigningKey, Statement};
+use super::expected;
 use super::log::{Settings, Shared};
 use super::queue::{self, Phase, Queue, Submission};
 use super::resume::{Resumed, resume};
 use super::segment::{Folder, Segment, list, unavailable};
-use super::{AuditError, CHECKPOINT_EVERY, CHECKPOINT_WITHIN, SYNC_WITHIN};
+use super::{Anchor, AuditError, CHECKPOINT_EVERY, CHECKPOINT_WITHIN, SYNC_WITHIN};
 use crate::clock::SharedClock;
 
 /// How long a log that can't be written waits before it tries by itself.
@@ -47,8 +48,10 @@ struct Tally {
     /// How many records follow the last checkpoint, and since when.
     unsigned: u64,
     unsigned_since: Option<Duration>,
-    /// Never falls: a key-value layer from the past is not vouched for.
-    kv_revision: u64,
+    /// Never falls, but by a loss that is accepted at the start: a store from the past is not vouched for.
+    generation: u64,
+    /// The newest checkpoint, until it is known to be on the disk and told.
+    checkpoint: Option<Head>,
 }
 
 /// See the module.
@@ -71,8 +74,8 @@ pub(super) struct Writer {
 }
 
 impl Writer {
-    /// Takes the instance's folder, mends what a crash left, and says in the log that it is open. Gives the highest
-    /// key-value revision that the chain found vouches for as well.
+    /// Takes the instance's folder, mends what a crash left, and says in the log that it is open. Gives the generation
+    /// that the chain found vouches for as well.
     pub(super) fn open(
         settings: Settings,
         key: SigningKey,
@@ -81,16 +84,26 @@ impl Writer {
     ) -> Result<(Self, u64), AuditError> {
         let folder = Folder::open(&settings.directory, &settings.instance)?;
         let found = resume(folder.path(), &settings.instance, &key.verifying_key())?;
+        // Before anything is changed: a chain that is refused is evidence.
+        let losses = expected::check(folder.path(), &settings, &key.verifying_key(), &found)?;
         let segment = match found.segment {
             Some((first, whole)) => folder.reopen(first, whole)?,
             None => folder.create(found.head.seq + 1)?,
+        };
+        // A loss that was accepted is recorded once, and from then on the stores are vouched for as they are.
+        let generation = if settings.accept_loss {
+            found.generation.min((settings.generation)())
+        } else {
+            found.generation
         };
         let tally = Tally {
             head: found.head,
             unsigned: found.unsigned,
             unsigned_since: None,
-            kv_revision: found.kv_revision,
+            generation,
+            checkpoint: None,
         };
+        let lines = Lines::new(&settings.instance);
         let mut writer = Self {
             settings,
             key,
@@ -100,23 +113,27 @@ impl Writer {
             segment,
             tally,
             pending: Vec::new(),
-            lines: Lines::default(),
+            lines,
             unsynced_since: None,
             retention_due: true,
             is_troubled: false,
             retry_at: Duration::ZERO,
             complained_at: None,
         };
-        let anchored = found.kv_revision;
-        writer.begin(found)?;
+        let anchored = found.generation;
+        writer.begin(found, losses)?;
         Ok((writer, anchored))
     }
 
-    fn begin(&mut self, found: Resumed) -> Result<(), AuditError> {
+    fn begin(&mut self, found: Resumed, losses: Vec<Notice>) -> Result<(), AuditError> {
         if let Some(torn) = &found.torn {
             tracing::warn!(?torn, "audit log: a line that a crash left unfinished was cut off");
         }
+        for lost in &losses {
+            tracing::error!(?lost, "audit log: it goes on without what was lost, as it was told to");
+        }
         self.pending.extend(found.torn);
+        self.pending.extend(losses);
         let version = env!("CARGO_PKG_VERSION").to_owned();
         self.pending.push(Notice::Start { version, unsigned: found.unsigned });
         self.commit(&[], Level::Signed)?;
@@ -204,6 +221,9 @@ impl Writer {
         self.pending.clear();
         self.unsynced_since =
             if sync { None } else { self.unsynced_since.or_else(|| Some(self.clock.monotonic())) };
+        if sync {
+            self.tell_checkpoint();
+        }
         self.publish();
         Ok(sequences)
     }
@@ -219,6 +239,8 @@ impl Writer {
         let lost = mem::replace(&mut self.segment, next);
         tracing::error!(segment = %lost.path().display(), problem, "audit log: someone tampered with the log");
         self.unsynced_since = None;
+        // It may have gone with the segment.
+        self.tally.checkpoint = None;
         if lost.len() > 0 {
             self.pending.push(Notice::Lost { segment: lost.name(), problem });
         }
@@ -263,6 +285,12 @@ impl Writer {
         self.segment = self.folder.create(self.tally.head.seq + 1)?;
         self.retention_due = true;
         Ok(())
+    }
+
+    fn tell_checkpoint(&mut self) {
+        let Some(Head { seq, hash }) = self.tally.checkpoint.take() else { return };
+        let anchor = Anchor { instance: self.settings.instance.clone(), seq, hash };
+        *self.shared.checkpoint.lock().unwrap_or_else(PoisonError::into_inner) = Some(anchor);
     }
 
     fn publish(&self) {
@@ -361,14 +389,14 @@ impl Draft<'_> {
     }
 
     fn checkpoint(&mut self) -> Result<(), AuditError> {
-        let Tally { head, kv_revision, .. } = self.tally;
-        let kv_revision = kv_revision.max((self.settings.kv_revision)());
-        let statement = Statement { instance: &self.settings.instance, head, kv_revision, time: &self.time };
+        let Tally { head, generation, .. } = self.tally;
+        let generation = generation.max((self.settings.generation)());
+        let statement = Statement { instance: &self.settings.instance, head, generation, time: &self.time };
         let signature = self.key.sign(&statement);
         let key = self.key.id().to_owned();
-        let notice = Notice::Checkpoint { head: head.hash, kv_revision, key, signature };
+        let notice = Notice::Checkpoint { head: head.hash, generation, key, signature };
         let head = self.lines.push(head, &self.time, &Fields::of_notice(&notice)?);
-        self.tally = Tally { head, unsigned: 0, unsigned_since: None, kv_revision };
+        self.tally = Tally { head, unsigned: 0, unsigned_since: None, generation, checkpoint: Some(head) };
         Ok(())
     }
 }

@@ -11,7 +11,7 @@ use crate::error::Reason;
 use crate::identity::Principal;
 use crate::identity::token::{TokenRecord, TokenRequest};
 use crate::policy::{Action, Context, Effect, Explanation, Reloaded, Resource};
-use crate::secret::{EnvironmentName, SecretValue};
+use crate::secret::{EnvironmentName, SecretId, SecretValue};
 
 /// Which part of the log a caller may see: one environment's records, or all of them.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -121,6 +121,7 @@ impl Broker {
     /// [`BrokerError`]; needs [`Action::Administer`] on the broker.
     pub async fn reload_policy(&self, call: &Call) -> Result<Reloaded, BrokerError> {
         let grant = self.authorize(call, "reload_policy", Action::Administer, &Resource::Broker).await?;
+        self.intend(call, "reload_policy", &grant).await?;
         let reloaded = self.read_policies().await;
         let record = record::of_grant(call, "reload_policy", &grant);
         self.released(&grant, record, reloaded, |reloaded, record| {
@@ -136,8 +137,11 @@ impl Broker {
     /// # Errors
     /// [`BrokerError`].
     pub async fn reload_policy_unasked(&self, cause: &str) -> Result<Reloaded, BrokerError> {
+        // On record before it takes effect, as every change.
+        let intent = record::of_policies("reload_policy").intent().with_detail(cause);
+        self.append(intent, Durability::Durable).await?;
         let reloaded = self.read_policies().await;
-        let record = record::of_policies(cause);
+        let record = record::of_policies("reload_policy");
         let record = match &reloaded {
             Ok(reloaded) => record.done().with_detail(format!(
                 "{cause}: generation {}, {} policies",
@@ -163,7 +167,17 @@ impl Broker {
     pub async fn record_policy_loaded(&self, cause: &str) -> Result<(), BrokerError> {
         let policies = &self.parts.policies;
         let detail = format!("{cause}: generation {}, {} policies", policies.generation(), policies.len());
-        self.append(record::of_policies(cause).done().with_detail(detail), Durability::Durable).await
+        self.append(record::of_policies("load_policy").done().with_detail(detail), Durability::Durable).await
+    }
+
+    /// Puts the removal of a secret whose recovery window is over on record, before it is made. The deletion itself was
+    /// authorised, and recorded, when it was asked for.
+    ///
+    /// # Errors
+    /// Where the log can't be written: then nothing is removed.
+    pub async fn record_purge(&self, id: &SecretId) -> Result<(), BrokerError> {
+        let record = record::of_housekeeping("purge", id).with_detail("its recovery window is over");
+        self.append(record, Durability::Durable).await
     }
 
     /// Records that match `query`, newest first, of the part of the log that `view` names.
@@ -201,6 +215,20 @@ impl Broker {
         let grant = self.authorize(call, "tail_audit", Action::Audit, &view.resource()).await?;
         let lines = self.parts.log.subscribe();
         self.finished(call, "tail_audit", &grant, Ok(lines)).await
+    }
+
+    /// Whether whoever follows the log still may: their token is good, and policy has not changed its mind. Asked with
+    /// every record that a tail is about to send; the answer is cached as any decision is.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn may_still_tail(&self, call: &Call, view: &AuditView) -> Result<(), BrokerError> {
+        if !self.parts.tokens.is_live(&call.principal) {
+            let message = "the token presented has ended; ask for a new one";
+            return Err(BrokerError::rejected(Reason::Unauthenticated, message));
+        }
+        let decided = self.decide(call, Action::Audit, &view.resource());
+        decided.map(|_| ()).map_err(|(_, error)| error)
     }
 
     /// Walks every chain of the log from its start.

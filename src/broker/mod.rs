@@ -187,14 +187,16 @@ impl Broker {
         self.append(record, Durability::Durable).await
     }
 
-    /// Records a request by a known caller that made no sense, and gives its error back.
+    /// Records a request by a known caller that made no sense, with what it was about in the caller's own words, and
+    /// gives its error back.
     pub async fn record_rejected(
         &self,
         call: &Call,
         operation: &'static str,
+        (environment, secret): (&str, &str),
         error: BrokerError,
     ) -> BrokerError {
-        let record = record::of_call(call, operation).ended(&error);
+        let record = record::of_call(call, operation).about(environment, secret).ended(&error);
         match self.append(record, Durability::Durable).await {
             Ok(()) => error,
             Err(unrecorded) => unrecorded,

@@ -83,7 +83,7 @@ impl Broker {
                 if items.is_empty() || items.len() > MAX_BATCH {
                     let message = format!("items: {} given; a batch has 1 to {MAX_BATCH}", items.len());
                     let error = BrokerError::rejected(Reason::InvalidArgument, message);
-                    return Err(self.record_rejected(call, "batch_get", error).await);
+                    return Err(self.record_rejected(call, "batch_get", ("", ""), error).await);
                 }
                 let items = items.into_iter().map(|item| self.permitted(call, item)).collect();
                 self.read_permitted(items, freshness).await
@@ -91,8 +91,8 @@ impl Broker {
         }
     }
 
-    /// Everything that the caller may read in an environment. What it may not is left out, and counted on the record
-    /// of the list.
+    /// Everything that the caller may read in an environment. What it may not is left out of the answer, but not of
+    /// the log.
     async fn all(
         &self,
         call: &Call,
@@ -105,24 +105,36 @@ impl Broker {
         let names = self.names(&grant).await;
         let permitted = names.map(|names| {
             let found = names.len();
-            let mut items = Vec::with_capacity(found);
+            let (mut items, mut withheld) = (Vec::with_capacity(found), Vec::new());
             for name in names {
                 let id = SecretId::new(environment.clone(), name);
                 let resource = Resource::Secret(id.clone());
-                if let Ok(grant) = self.decide(call, Action::Read, &resource) {
-                    let read = Read { id, field: None, selector: Selector::CURRENT, if_version_id: None };
-                    items.push(Item::permitted(call, read, grant));
+                let read = Read { id, field: None, selector: Selector::CURRENT, if_version_id: None };
+                match self.decide(call, Action::Read, &resource) {
+                    Ok(grant) => items.push(Item::permitted(call, read, grant)),
+                    Err((decision, error)) => {
+                        let decision = decision.as_deref();
+                        let record =
+                            record::of_resource(call, "batch_get", Action::Read, &resource, decision);
+                        withheld.push(record.ended(&error));
+                    }
                 }
             }
-            (items, found)
+            (items, withheld)
         });
         let record = record::of_grant(call, "batch_get", &grant);
-        let (items, _) = self
-            .released(&grant, record, permitted, |(items, found), record| {
-                let withheld = found - items.len();
-                record.done().with_detail(format!("{found} listed, {withheld} withheld by policy"))
+        let (items, withheld) = self
+            .released(&grant, record, permitted, |(items, withheld), record| {
+                record.done().with_detail(format!(
+                    "{} to be read, {} withheld by policy",
+                    items.len(),
+                    withheld.len()
+                ))
             })
             .await?;
+        if !withheld.is_empty() {
+            self.parts.log.append_all(withheld, self.durability(grant.resource())).await?;
+        }
         self.read_permitted(items, freshness).await
     }
 

@@ -5,7 +5,7 @@ use crate::audit::{Kind, Outcome, Record};
 use crate::error::Reasoned as _;
 use crate::identity::{IdentityError, SourceAddress};
 use crate::policy::{Action, Decision, Grant, Resource};
-use crate::secret::{FieldName, Version};
+use crate::secret::{FieldName, SecretId, Version};
 use crate::store::{Fetched, Source};
 
 /// Who called, from where, why.
@@ -78,6 +78,17 @@ pub(super) fn of_policies(operation: &str) -> Record {
     Record { kind: Some(Kind::Policy), operation: operation.to_owned(), ..Record::default() }
 }
 
+/// The broker's own work on a secret, by nobody's call.
+pub(super) fn of_housekeeping(operation: &str, id: &SecretId) -> Record {
+    Record {
+        kind: Some(Kind::Intent),
+        operation: operation.to_owned(),
+        environment: id.environment.to_string(),
+        secret: id.name.to_string(),
+        ..Record::default()
+    }
+}
+
 impl Record {
     /// It is about to be done.
     pub(super) fn intent(mut self) -> Self {
@@ -95,6 +106,13 @@ impl Record {
     pub(super) fn ended(mut self, error: &BrokerError) -> Self {
         self.outcome = Some(outcome_of(error.reason()));
         error.reason().code().clone_into(&mut self.error);
+        self
+    }
+
+    /// What a request that made no sense was about, in the caller's words; the log escapes and cuts them.
+    pub(super) fn about(mut self, environment: &str, secret: &str) -> Self {
+        environment.clone_into(&mut self.environment);
+        secret.clone_into(&mut self.secret);
         self
     }
 

@@ -36,9 +36,9 @@ impl Broker {
         if put.value.is_empty() && !allow_empty {
             let message =
                 format!("secret `{}`: the value is empty; say allow_empty where that is meant", id.name);
-            return Err(self
-                .record_rejected(call, "put", BrokerError::rejected(Reason::ValueEmpty, message))
-                .await);
+            let error = BrokerError::rejected(Reason::ValueEmpty, message);
+            let about = (id.environment.as_str(), id.name.as_str());
+            return Err(self.record_rejected(call, "put", about, error).await);
         }
         let grant = self.authorize(call, "put", Action::Write, &Resource::Secret(id)).await?;
         self.intend(call, "put", &grant).await?;
@@ -63,7 +63,8 @@ impl Broker {
                 change.label
             );
             let error = BrokerError::rejected(Reason::InvalidLabel, message);
-            return Err(self.record_rejected(call, "move_label", error).await);
+            let about = (id.environment.as_str(), id.name.as_str());
+            return Err(self.record_rejected(call, "move_label", about, error).await);
         }
         let grant = self.authorize(call, "move_label", Action::Write, &Resource::Secret(id)).await?;
         self.intend(call, "move_label", &grant).await?;

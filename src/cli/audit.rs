@@ -4,7 +4,7 @@
 //! tail    one record per line, as the log has it
 //! query   {"records":[…]}, newest first
 //! verify  {"clean","unanchored","instances":[{"instance","first_sequence","last_sequence","last_hash","checkpoints",
-//!          "unanchored","clean_shutdown"}],"findings":[{"file","line","sequence","kind","message"}],"more_findings"}
+//!          "unanchored","clean_shutdown","losses","repairs","torn_bytes"}],"findings":[{"file","line","sequence","kind","message"}],"more_findings"}
 //! ```
 //! For people, what is known of a record stands on one line.
 
@@ -280,6 +280,9 @@ struct Instance {
     checkpoints: u64,
     unanchored: u64,
     clean_shutdown: bool,
+    losses: u64,
+    repairs: u64,
+    torn_bytes: u64,
 }
 
 #[derive(Serialize)]
@@ -302,6 +305,9 @@ impl From<Report> for Verified {
             checkpoints: found.checkpoints,
             unanchored: found.unanchored,
             clean_shutdown: found.clean_shutdown,
+            losses: found.losses,
+            repairs: found.repairs,
+            torn_bytes: found.torn_bytes,
         });
         let findings = report.findings.into_iter().map(|finding| Finding {
             file: finding.file,
@@ -331,6 +337,9 @@ impl From<v1::VerifyResponse> for Verified {
             checkpoints: chain.checkpoints,
             unanchored: chain.unanchored,
             clean_shutdown: chain.clean_shutdown,
+            losses: chain.losses,
+            repairs: chain.repairs,
+            torn_bytes: chain.torn_bytes,
         });
         let findings = answer.findings.into_iter().map(|finding| Finding {
             file: finding.file,
@@ -341,7 +350,9 @@ impl From<v1::VerifyResponse> for Verified {
         });
         let (instances, findings): (Vec<_>, Vec<_>) = (instances.collect(), findings.collect());
         let unanchored = instances.iter().map(|instance| instance.unanchored).sum();
-        Self { clean: findings.is_empty(), unanchored, instances, findings, more_findings: 0 }
+        let more_findings = answer.more_findings;
+        let clean = findings.is_empty() && more_findings == 0;
+        Self { clean, unanchored, instances, findings, more_findings }
     }
 }
 
@@ -354,7 +365,15 @@ impl Verified {
         }
         lines.extend(self.instances.iter().map(Instance::text));
         let verdict = if self.clean { "the log is whole" } else { "the log has faults; keep it as evidence" };
-        lines.push(format!("{verdict}; UNANCHORED: {} records follow the last checkpoints", self.unanchored));
+        let losses: u64 = self.instances.iter().map(|instance| instance.losses).sum();
+        let lost = match losses {
+            0 => String::new(),
+            _ => format!(
+                "; LOSSES: {losses} `lost` records tell of what was deleted, replaced or brought back"
+            ),
+        };
+        let unanchored = self.unanchored;
+        lines.push(format!("{verdict}{lost}; UNANCHORED: {unanchored} records follow the last checkpoints"));
         lines.join("\n")
     }
 }
@@ -371,11 +390,29 @@ impl Instance {
             |sequence: Option<u64>| sequence.map_or_else(|| "-".to_owned(), |sequence| sequence.to_string());
         let (first, last) = (number(self.first_sequence), number(self.last_sequence));
         let hash = self.last_hash.as_deref().unwrap_or("-");
-        let ended = if self.clean_shutdown { ", shut down in good order" } else { "" };
         printable(&format!(
-            "{}: records {first} to {last}, {} checkpoints, {} unanchored{ended}; anchor {}:{last}:{hash}",
-            self.instance, self.checkpoints, self.unanchored, self.instance
+            "{}: records {first} to {last}, {} checkpoints, {} unanchored{}; anchor {}:{last}:{hash}",
+            self.instance,
+            self.checkpoints,
+            self.unanchored,
+            self.incidents(),
+            self.instance
         ))
+    }
+
+    /// What befell the chain, and how it ended; empty for the usual.
+    fn incidents(&self) -> String {
+        let counted = |count: u64, what: &str| match count {
+            0 => String::new(),
+            _ => format!(", {count} {what}"),
+        };
+        [
+            counted(self.losses, "losses"),
+            counted(self.repairs, "repairs"),
+            counted(self.torn_bytes, "torn bytes"),
+            if self.clean_shutdown { ", shut down in good order" } else { "" }.to_owned(),
+        ]
+        .concat()
     }
 }
 
@@ -454,7 +491,7 @@ mod tests {
                 last_hash: "ab".to_owned(),
                 checkpoints: 1,
                 unanchored: 20,
-                clean_shutdown: false,
+                ..v1::Chain::default()
             }],
             findings: vec![v1::Finding {
                 file: "broker-1/0.jsonl".to_owned(),
@@ -463,6 +500,7 @@ mod tests {
                 kind: "hash_mismatch".to_owned(),
                 message: "the record was changed".to_owned(),
             }],
+            more_findings: 0,
         };
         let verified = Verified::from(answer);
         assert!(!verified.clean);
@@ -472,6 +510,60 @@ mod tests {
              broker-1: records 1 to 120, 1 checkpoints, 20 unanchored; anchor broker-1:120:ab\n\
              the log has faults; keep it as evidence; UNANCHORED: 20 records follow the last checkpoints"
         );
+    }
+
+    #[test]
+    fn what_befell_a_log_is_said_though_it_is_whole() {
+        let chain = v1::Chain {
+            instance: "broker-1".to_owned(),
+            first_sequence: 1,
+            last_sequence: 9,
+            last_hash: "ab".to_owned(),
+            checkpoints: 2,
+            clean_shutdown: true,
+            losses: 1,
+            repairs: 2,
+            torn_bytes: 40,
+            ..v1::Chain::default()
+        };
+        let found = audit::InstanceReport {
+            instance: "broker-1".to_owned(),
+            first: Some(1),
+            last: Some(9),
+            checkpoints: 2,
+            clean_shutdown: true,
+            losses: 1,
+            repairs: 2,
+            torn_bytes: 40,
+            ..audit::InstanceReport::default()
+        };
+        let online = Verified::from(v1::VerifyResponse { chains: vec![chain], ..Default::default() });
+        let offline = Verified::from(Report { instances: vec![found], ..Report::default() });
+        for (verified, hash) in [(online, "ab"), (offline, "-")] {
+            assert!(verified.clean);
+            assert_eq!(
+                verified.text(),
+                format!(
+                    "broker-1: records 1 to 9, 2 checkpoints, 0 unanchored, 1 losses, 2 repairs, 40 torn bytes, \
+                     shut down in good order; anchor broker-1:9:{hash}\n\
+                     the log is whole; LOSSES: 1 `lost` records tell of what was deleted, replaced or brought back; \
+                     UNANCHORED: 0 records follow the last checkpoints"
+                )
+            );
+            let json = serde_json::to_value(&verified).unwrap();
+            let instance = &json["instances"][0];
+            assert_eq!(instance["losses"], 1);
+            assert_eq!(instance["repairs"], 2);
+            assert_eq!(instance["torn_bytes"], 40);
+        }
+    }
+
+    #[test]
+    fn findings_left_out_are_counted() {
+        let online = Verified::from(v1::VerifyResponse { more_findings: 7, ..Default::default() });
+        assert!(!online.clean);
+        assert!(online.text().starts_with("7 more findings\n"), "{}", online.text());
+        assert_eq!(serde_json::to_value(&online).unwrap()["more_findings"], 7);
     }
 
     #[test]

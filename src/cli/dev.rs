@@ -8,7 +8,7 @@ use tempfile::TempDir;
 use tokio::sync::watch;
 
 use super::exit::{CliError, Exit};
-use super::serve::{stop_on_signal, variables};
+use super::serve::{Hangup, stop_on_signal, variables};
 use super::{Context, exec};
 use crate::client::{Address, Connection};
 use crate::config::assembly::Running;
@@ -35,6 +35,9 @@ pub(super) struct Args {
     /// Listen on this loopback address too, for example 127.0.0.1:7340
     #[arg(long, value_name = "ADDRESS")]
     listen: Option<std::net::SocketAddr>,
+    /// Start although what is kept in DIR was brought back from the past, cut or removed; it is put on record
+    #[arg(long, requires = "data")]
+    accept_loss: bool,
     /// The manifest for CMD; without it, that of the sample application
     #[arg(short, long, value_name = "FILE", requires = "command")]
     manifest: Option<PathBuf>,
@@ -48,9 +51,9 @@ pub(super) async fn run(args: Args, context: &Context) -> Result<Exit, CliError>
     let level = context.environ.text(telemetry::VARIABLE)?.or(quiet);
     telemetry::start(level).map_err(CliError::usage)?;
     let place = Place::of(&args)?;
-    let resolved = resolved(&place, context)?;
+    let resolved = resolved(&args, &place, context)?;
     // With a command, signals are the command's.
-    let stopped = if args.command.is_empty() { Some(stop_on_signal()?) } else { None };
+    let stopped = if args.command.is_empty() { Some(stop_on_signal(Hangup::Stops)?) } else { None };
     let running = Running::start(&resolved, &variables(context), Arc::clone(&context.clock)).await?;
     samples::seed(&running.broker).await?;
     let mut doors = vec![Listen::Unix { path: place.socket.clone(), mode: 0o600 }.bind().await?];
@@ -58,6 +61,10 @@ pub(super) async fn run(args: Args, context: &Context) -> Result<Exit, CliError>
         doors.push(Listen::Tcp(address).bind().await?);
     }
     if let Some(stopped) = stopped {
+        // What is thrown away at the end needs no care.
+        for warning in running.warnings.iter().filter(|_| place.temporary.is_none()) {
+            tracing::warn!("{warning}");
+        }
         announce(&place, &doors, context);
         running.serve(doors, resolved.limits, stopped).await?;
         return Ok(Exit::DONE);
@@ -102,7 +109,7 @@ impl Place {
     }
 }
 
-fn resolved(place: &Place, context: &Context) -> Result<Resolved, CliError> {
+fn resolved(args: &Args, place: &Place, context: &Context) -> Result<Resolved, CliError> {
     let uid = rustix::process::getuid().as_raw();
     let name = context.environ.text("USER")?.map_or_else(|| format!("uid:{uid}"), str::to_owned);
     let groups = ["administrators", "team"].map(str::to_owned).into();
@@ -120,6 +127,7 @@ fn resolved(place: &Place, context: &Context) -> Result<Resolved, CliError> {
         peers: Config { callers: vec![you] },
         cache_bytes: Resolved::CACHE_BYTES,
         registry: samples::registry().map_err(unusable)?,
+        accept_loss: args.accept_loss,
     })
 }
 

@@ -11,12 +11,14 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 use zeroize::Zeroizing;
 
+use super::state::{self, AuditPlace, StateError};
 use super::{Resolved, RootKeyChoice, housekeeping, reload};
-use crate::audit::{self, AuditError, Log, SigningKey, VerifyingKey};
+use crate::audit::{self, Anchor, AuditError, Log, SigningKey, VerifyingKey};
 use crate::broker::{Broker, BrokerError, Parts};
 use crate::cache::{self, Cache};
 use crate::clock::SharedClock;
@@ -38,6 +40,9 @@ use crate::store::{Store, StoreError};
 
 /// Reads one variable of the process environment; the process's own is read at the edge and nowhere else.
 pub type ReadVariable<'a> = &'a (dyn Fn(&str) -> Option<Zeroizing<String>> + Sync);
+
+/// How many changes the stores have seen, by numbers that nobody else can make up.
+type Generation = Arc<dyn Fn() -> u64 + Send + Sync>;
 
 /// Why a broker can't start. Nothing is served, and what was there is unchanged.
 #[derive(Debug, thiserror::Error)]
@@ -65,16 +70,20 @@ pub enum StartError {
     Audit(#[from] AuditError),
     /// The key-value store is older than what the audit log vouches for.
     #[error(
-        "{path} is at revision {found}, but the audit log has seen revision {anchored}: it was brought back from the past; restore the newer file, or move the audit folder away to accept the loss"
+        "{path} has seen {found} changes, but the audit log vouches for {anchored}: it was brought back from the past; \
+         restore the newer file, or start once with --accept-loss"
     )]
     RolledBack {
         /// The database.
         path: String,
-        /// Its revision.
+        /// How many changes it has seen.
         found: u64,
-        /// The revision on record.
+        /// How many are on record.
         anchored: u64,
     },
+    /// What the broker keeps of itself.
+    #[error(transparent)]
+    State(#[from] StateError),
     /// The policy set.
     #[error(transparent)]
     Policy(#[from] PolicyError),
@@ -104,6 +113,7 @@ impl Reasoned for StartError {
             Self::NoKey(_) => Reason::InvalidKey,
             Self::Audit(error) => error.reason(),
             Self::RolledBack { .. } => Reason::Tampered,
+            Self::State(error) => error.reason(),
             Self::Policy(error) => error.reason(),
             Self::Store(error) => error.reason(),
             Self::Token(error) => error.reason(),
@@ -121,6 +131,7 @@ pub struct Running {
     pub warnings: Vec<String>,
     identity: Arc<Chain>,
     kv: Embedded,
+    place: Arc<Mutex<AuditPlace>>,
     sealed: Arc<Sealed>,
     policy: PolicySource,
 }
@@ -140,25 +151,36 @@ impl Running {
         private_folder(directory)?;
         private_folder(&keys)?;
         let database = directory.join("claviger.db");
-        let kv = Embedded::open(&database, Arc::clone(&clock)).await?;
+        let kv = open_kv(&database, &clock).await?;
         let fresh = kv.last_revision() == 0;
         let mut warnings = Vec::new();
-        let (log, audit_keys) = open_log(resolved, &keys, &kv, &clock)?;
-        if log.anchored_kv_revision() > kv.last_revision() {
-            return Err(StartError::RolledBack {
-                path: database.display().to_string(),
-                found: kv.last_revision(),
-                anchored: log.anchored_kv_revision(),
-            });
+        let shared: Arc<dyn Kv> = Arc::new(kv.clone());
+        let root = Arc::new(root_key(&resolved.root_key, fresh, variable, &mut warnings)?);
+        let state_key = state::key(shared.as_ref(), &root).await?;
+        let sealed = Arc::new(Sealed::open(Arc::clone(&shared), root, Arc::clone(&clock)).await?);
+        let tokens =
+            Arc::new(Tokens::open(Arc::clone(&shared), Arc::clone(&state_key), Arc::clone(&clock)).await?);
+        let generation: Generation = {
+            let (sealed, tokens) = (Arc::clone(&sealed), Arc::clone(&tokens));
+            Arc::new(move || sealed.generation() + tokens.generation())
+        };
+        let mut place = AuditPlace::new(Arc::clone(&shared), state_key, &resolved.instance);
+        let expected = match place.read().await {
+            // The place is kept before the first change is made: a store with changes and no place lost it.
+            Ok(None) if generation() > 0 && !resolved.accept_loss => return Err(StateError::Tampered.into()),
+            Err(StateError::Tampered) if resolved.accept_loss => None,
+            read => read?,
+        };
+        let (log, audit_keys) = open_log(resolved, &keys, expected, &generation, &clock)?;
+        let (found, anchored) = (generation(), log.anchored_generation());
+        if anchored > found && !resolved.accept_loss {
+            return Err(StartError::RolledBack { path: database.display().to_string(), found, anchored });
         }
+        place.keep(log.last_checkpoint()).await?;
         let policies =
             Policies::load(resolved.policy.clone(), resolved.registry.clone(), Arc::clone(&clock))?;
         warnings.extend(policies.warnings());
-        let shared: Arc<dyn Kv> = Arc::new(kv.clone());
-        let root = root_key(&resolved.root_key, fresh, variable, &mut warnings)?;
-        let sealed = Arc::new(Sealed::open(Arc::clone(&shared), Arc::new(root), Arc::clone(&clock)).await?);
         let stores = stores(resolved, &sealed, &clock).await?;
-        let tokens = Arc::new(Tokens::open(Arc::clone(&shared), Arc::clone(&clock)).await?);
         let peers = PeerCredentials::new(resolved.peers.clone()).map_err(StartError::Config)?;
         let chain: Vec<Arc<dyn Authenticator>> = vec![Arc::clone(&tokens) as _, Arc::new(peers)];
         let broker = Arc::new(Broker::new(Parts {
@@ -176,6 +198,7 @@ impl Running {
             warnings,
             identity: Arc::new(Chain::new(chain)),
             kv,
+            place: Arc::new(Mutex::new(place)),
             sealed,
             policy: resolved.policy.clone(),
         })
@@ -192,13 +215,13 @@ impl Running {
         shutdown: watch::Receiver<bool>,
     ) -> Result<(), StartError> {
         let _reloading = reload::on_change(Arc::clone(&self.broker), &self.policy, shutdown.clone())?;
-        let registry = self.broker.registry().clone();
-        let kept = tokio::spawn(housekeeping::run(
-            self.kv.clone(),
-            Arc::clone(&self.sealed),
-            registry,
-            shutdown.clone(),
-        ));
+        let house = housekeeping::House {
+            kv: self.kv.clone(),
+            sealed: Arc::clone(&self.sealed),
+            place: Arc::clone(&self.place),
+            broker: Arc::clone(&self.broker),
+        };
+        let kept = tokio::spawn(house.keep(shutdown.clone()));
         let served =
             server::serve(Arc::clone(&self.broker), Arc::clone(&self.identity), doors, limits, shutdown)
                 .await;
@@ -214,6 +237,7 @@ impl Running {
     /// [`StartError`].
     pub async fn stop(&self) -> Result<(), StartError> {
         let signed_off = self.broker.log().close().await;
+        self.place.lock().await.keep(self.broker.log().last_checkpoint()).await?;
         self.kv.close().await?;
         Ok(signed_off?)
     }
@@ -232,15 +256,20 @@ fn private_folder(path: &Path) -> Result<(), StartError> {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(refuse(error.to_string())),
         _ => {}
     }
-    let found = std::fs::metadata(path).map_err(|error| refuse(error.to_string()))?;
+    let found = std::fs::symlink_metadata(path).map_err(|error| refuse(error.to_string()))?;
     if !found.is_dir() {
-        return Err(refuse("is not a folder".to_owned()));
+        return Err(refuse("is not a folder, or a link to one; name the folder itself".to_owned()));
     }
-    if found.mode() & 0o022 != 0 {
+    let ours = rustix::process::geteuid().as_raw();
+    if found.uid() != ours {
         return Err(refuse(format!(
-            "mode {:04o} lets others write; run `chmod go-w` on it",
-            found.mode() & 0o7777
+            "belongs to uid {}, and this process is uid {ours}; run `chown` on it",
+            found.uid()
         )));
+    }
+    if found.mode() & 0o077 != 0 {
+        let mode = found.mode() & 0o7777;
+        return Err(refuse(format!("mode {mode:04o} lets others in; run `chmod 0700` on it")));
     }
     Ok(())
 }
@@ -250,32 +279,55 @@ fn private_folder(path: &Path) -> Result<(), StartError> {
 fn open_log(
     resolved: &Resolved,
     keys: &Path,
-    kv: &Embedded,
+    expected: Option<Anchor>,
+    generation: &Generation,
     clock: &SharedClock,
 ) -> Result<(Log, Vec<VerifyingKey>), StartError> {
     let folder = resolved.directory.join("audit");
     let path = keys.join("audit.key");
-    if !path.exists() && !folder.join(&resolved.instance).exists() {
+    if !path.exists() && expected.is_none() && !folder.join(&resolved.instance).exists() {
         create_key_file(&path, &SigningKey::generate_pkcs8()?)?;
     }
     let key = SigningKey::from_pkcs8(&read_key_file(&path, 1_024)?)?;
     let public = key.verifying_key();
     publish(&keys.join("audit.pub"), &public)?;
-    let revision = kv.clone();
     let mut settings = audit::Settings::new(folder, resolved.instance.clone());
     settings.retention = resolved.retention;
-    settings.kv_revision = Arc::new(move || revision.last_revision());
+    settings.generation = Arc::clone(generation);
+    settings.expected = expected;
+    settings.accept_loss = resolved.accept_loss;
     Ok((Log::open(settings, key, Arc::clone(clock))?, vec![public]))
 }
 
-/// The public half, for whoever verifies the log elsewhere.
+/// The public half, for whoever verifies the log elsewhere. One that is there is never overwritten: it is what old
+/// checkpoints are verified with.
 fn publish(path: &Path, key: &VerifyingKey) -> Result<(), StartError> {
-    let text = format!("{}\n", key.to_hex());
-    if std::fs::read_to_string(path).is_ok_and(|found| found == text) {
-        return Ok(());
+    let refuse = |problem: String| StartError::Folder { path: path.display().to_string(), problem };
+    match std::fs::read_to_string(path) {
+        Ok(found) if found.trim() == key.to_hex() => Ok(()),
+        Ok(_) => Err(refuse(
+            "is not the public half of audit.key beside it; put the right audit.key back".to_owned(),
+        )),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            std::fs::write(path, format!("{}\n", key.to_hex())).map_err(|error| refuse(error.to_string()))
+        }
+        Err(error) => Err(refuse(error.to_string())),
     }
-    std::fs::write(path, text)
-        .map_err(|error| StartError::Folder { path: path.display().to_string(), problem: error.to_string() })
+}
+
+/// Opens the database. A process that was just killed lets go of it a moment after it is gone, so one that is in use is
+/// tried again for a while.
+async fn open_kv(path: &Path, clock: &SharedClock) -> Result<Embedded, KvError> {
+    const EVERY: Duration = Duration::from_millis(100);
+    let mut tries = tokio::time::interval(EVERY);
+    for _ in 0..20 {
+        tries.tick().await;
+        match Embedded::open(path, Arc::clone(clock)).await {
+            Err(KvError::Locked { .. }) => {}
+            opened => return opened,
+        }
+    }
+    Embedded::open(path, Arc::clone(clock)).await
 }
 
 fn root_key(

@@ -3,54 +3,76 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 use tokio::time::{MissedTickBehavior, interval};
 
-use crate::environment::{Registry, StoreChoice};
+use super::state::AuditPlace;
+use crate::broker::Broker;
+use crate::environment::{Environment, StoreChoice};
 use crate::kv::embedded::Embedded;
 use crate::server::told;
+use crate::store::StoreError;
 use crate::store::sealed::Sealed;
 
-/// How often leases are looked at that nobody asks about.
-const LEASES: Duration = Duration::from_secs(1);
+/// How often leases are looked at that nobody asks about, and the audit log's last checkpoint is kept.
+const SHORT: Duration = Duration::from_secs(1);
 /// How often secrets are removed whose recovery window is over.
-const PURGE: Duration = Duration::from_secs(3_600);
+const LONG: Duration = Duration::from_secs(3_600);
 
-/// Works until `shutdown` says true. What fails is logged and tried again the next time.
-pub(super) async fn run(
-    kv: Embedded,
-    sealed: Arc<Sealed>,
-    registry: Registry,
-    shutdown: watch::Receiver<bool>,
-) {
-    let stop = told(shutdown);
-    tokio::pin!(stop);
-    let (mut leases, mut purge) = (interval(LEASES), interval(PURGE));
-    leases.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    purge.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    loop {
-        tokio::select! {
-            _ = leases.tick() => {
-                if let Err(error) = kv.expire().await {
-                    tracing::error!(%error, "expired leases could not be ended");
-                }
-            }
-            _ = purge.tick() => remove_what_is_gone(&sealed, &registry).await,
-            () = &mut stop => return,
-        }
-    }
+/// What is kept in order.
+pub(super) struct House {
+    pub(super) kv: Embedded,
+    pub(super) sealed: Arc<Sealed>,
+    pub(super) place: Arc<Mutex<AuditPlace>>,
+    pub(super) broker: Arc<Broker>,
 }
 
-async fn remove_what_is_gone(sealed: &Sealed, registry: &Registry) {
-    for environment in registry.iter().filter(|environment| environment.store == StoreChoice::Sealed) {
-        match sealed.purge(&environment.name).await {
-            Ok(0) => {}
-            Ok(removed) => {
-                tracing::info!(environment = %environment.name, removed, "removed secrets whose recovery window is over");
-            }
-            Err(error) => {
-                tracing::error!(%error, environment = %environment.name, "deleted secrets could not be removed")
+impl House {
+    /// Works until `shutdown` says true. What fails is logged and tried again the next time.
+    pub(super) async fn keep(self, shutdown: watch::Receiver<bool>) {
+        let stop = told(shutdown);
+        tokio::pin!(stop);
+        let (mut short, mut long) = (interval(SHORT), interval(LONG));
+        short.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        long.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                _ = short.tick() => self.look_after_the_store().await,
+                _ = long.tick() => self.remove_what_is_gone().await,
+                () = &mut stop => return,
             }
         }
+    }
+
+    async fn look_after_the_store(&self) {
+        if let Err(error) = self.kv.expire().await {
+            tracing::error!(%error, "expired leases could not be ended");
+        }
+        let place = self.broker.log().last_checkpoint();
+        if let Err(error) = self.place.lock().await.keep(place).await {
+            tracing::error!(%error, "the place of the audit log could not be kept");
+        }
+    }
+
+    async fn remove_what_is_gone(&self) {
+        for environment in self.broker.registry().iter() {
+            if environment.store == StoreChoice::Sealed
+                && let Err(error) = self.remove_from(environment).await
+            {
+                tracing::error!(%error, environment = %environment.name, "deleted secrets could not be removed");
+            }
+        }
+    }
+
+    /// Removes one secret after the other, each after its record.
+    async fn remove_from(&self, environment: &Environment) -> Result<(), StoreError> {
+        for id in self.sealed.gone(&environment.name).await? {
+            if let Err(error) = self.broker.record_purge(&id).await {
+                tracing::error!(%error, secret = %id, "not removed, because it can't be put on record");
+                return Ok(());
+            }
+            self.sealed.purge(&id).await?;
+        }
+        Ok(())
     }
 }

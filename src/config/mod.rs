@@ -5,6 +5,7 @@ pub mod assembly;
 mod housekeeping;
 mod reload;
 pub mod samples;
+mod state;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -142,6 +143,9 @@ pub struct Resolved {
     pub cache_bytes: u64,
     /// The declared environments.
     pub registry: Registry,
+    /// Start although the database or the audit log was brought back from the past, cut or removed; on record. For one
+    /// start, by a person who knows why.
+    pub accept_loss: bool,
 }
 
 impl Resolved {
@@ -199,6 +203,7 @@ impl Raw {
             cache_bytes,
             registry: Registry::from_config(self.environments)
                 .map_err(|error| ConfigError::new("environments", error.to_string()))?,
+            accept_loss: false,
         })
     }
 }
@@ -291,6 +296,13 @@ fn suggesting(message: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_example_is_a_good_one() {
+        let text = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/broker.toml"));
+        let resolved = Raw::parse(text, "deploy/broker.toml").unwrap().resolve().unwrap();
+        assert_eq!(resolved.registry.iter().filter(|environment| environment.protected).count(), 1);
+    }
 
     const GOOD: &str = r#"
 [listen]

@@ -38,7 +38,8 @@ pub async fn seed(broker: &Broker) -> Result<(), BrokerError> {
             let value = SecretValue::text(value.to_string()).map_err(internal)?;
             let put = Put { value, token: VersionId::generate(), labels: Vec::new(), expected: Some(None) };
             match broker.put(&call, id, put, false).await {
-                Err(error) if error.reason() == Reason::Conflict => {}
+                // Changed or deleted by whoever keeps this broker: theirs to decide.
+                Err(error) if matches!(error.reason(), Reason::Conflict | Reason::SecretDeleted) => {}
                 other => drop(other?),
             }
         }

@@ -37,6 +37,13 @@ impl PrincipalKind {
     }
 }
 
+/// Whether text may name a principal or a group: 1 to 128 printable ASCII characters without spaces. What differs in
+/// nothing but what can't be seen would be two principals to the policies and one to a reader.
+#[must_use]
+pub fn is_word(text: &str) -> bool {
+    (1..=128).contains(&text.len()) && text.chars().all(|c| c.is_ascii_graphic())
+}
+
 /// How a principal proved who it is.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Proof {

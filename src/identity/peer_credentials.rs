@@ -6,7 +6,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use serde::Deserialize;
 
-use super::{Authenticator, IdentityError, Presented, Principal, PrincipalKind, Proof};
+use super::{Authenticator, IdentityError, Presented, Principal, PrincipalKind, Proof, is_word};
 
 /// `[identity.peer_credentials]`: whom a uid stands for.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -47,6 +47,12 @@ impl PeerCredentials {
         let mut callers = HashMap::new();
         for caller in config.callers {
             let uid = caller.uid;
+            if !is_word(&caller.id) || !caller.groups.iter().all(|group| is_word(group)) {
+                return Err(format!(
+                    "identity.peer_credentials.callers: uid {uid}: id and groups must be 1 to 128 printable ASCII \
+                     characters without spaces"
+                ));
+            }
             let principal =
                 Principal::new(caller.kind, caller.id, caller.groups, BTreeMap::new(), proof(uid));
             if callers.insert(uid, Arc::new(principal)).is_some() {
@@ -101,6 +107,12 @@ mod tests {
         let stranger = peers.authenticate(&presented(7)).await.unwrap().unwrap();
         assert_eq!((stranger.id(), stranger.groups().len()), ("uid:7", 0));
         assert!(peers.authenticate(&Presented::default()).await.unwrap().is_none());
-        assert!(PeerCredentials::new(Config { callers: vec![caller.clone(), caller] }).is_err());
+        assert!(PeerCredentials::new(Config { callers: vec![caller.clone(), caller.clone()] }).is_err());
+        for bad in ["", " ops ", "a\nb", "é"] {
+            let unnamed = Caller { id: bad.to_owned(), ..caller.clone() };
+            let astray = Caller { groups: [bad.to_owned()].into(), ..caller.clone() };
+            assert!(PeerCredentials::new(Config { callers: vec![unnamed] }).is_err(), "{bad:?}");
+            assert!(PeerCredentials::new(Config { callers: vec![astray] }).is_err(), "{bad:?}");
+        }
     }
 }

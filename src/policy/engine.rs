@@ -22,6 +22,7 @@ use cedar_policy::{AuthorizationError, Authorizer, Decision as CedarDecision, Po
 use jiff::Timestamp;
 use moka::sync::Cache;
 
+use super::bounds;
 use super::entities::{Asked, Question};
 use super::explain::{ExplainedPolicy, Explanation};
 use super::rules::{Rule, RuleSet};
@@ -65,7 +66,7 @@ impl Policies {
     /// # Errors
     /// [`PolicyError`], naming file, line, column and policy as far as they are known.
     pub fn load(source: PolicySource, registry: Registry, clock: SharedClock) -> Result<Self, PolicyError> {
-        let rules = RuleSet::load(&source, &registry)?;
+        let rules = bounds::with_room(|| RuleSet::load(&source, &registry))?;
         let state = State::new(Arc::new(rules), 1, clock.now());
         Ok(Self {
             source,
@@ -135,7 +136,7 @@ impl Policies {
     /// As [`load`](Self::load); the policies before stay in force.
     pub fn reload(&self) -> Result<Reloaded, PolicyError> {
         let _reading = locked(&self.reloading);
-        let rules = Arc::new(RuleSet::load(&self.source, &self.registry)?);
+        let rules = Arc::new(bounds::with_room(|| RuleSet::load(&self.source, &self.registry))?);
         let state = self.replace(rules);
         Ok(Reloaded {
             generation: state.generation,
@@ -636,8 +637,8 @@ mod tests {
     fn a_policy_expires_while_it_is_in_force() {
         let clock = clock();
         let text = format!(
-            "@id(\"past\") @expires(\"2025-12-31T23:59:59Z\") permit (principal, action == Action::\"list\", \
-             resource); {}",
+            "@id(\"past\") @expires(\"2025-12-31T23:59:59Z\") permit (principal in Group::\"team\", action == \
+             Action::\"list\", resource); {}",
             TEAM_READS
                 .replace("@id(\"team-reads\")", "@id(\"team-reads\") @expires(\"2026-01-01T01:00:00Z\")")
         );

@@ -10,9 +10,10 @@
 //! | `@id("…")` | the policy's id in decisions and audit records; required, unique |
 //! | `@approvals("N")` | on a permit: what it permits needs N approvals by others (1 or more) |
 //! | `@expires("RFC 3339")` | inert from then on |
-//! | `@allow_wildcard("why")` | this permit may leave principal, action and resource all open, or give all actions |
+//! | `@allow_wildcard("why")` | this permit may give every action on what is protected, anything to everyone on everything without a condition, or `administer` to everyone |
 //! | `@loud("true")` | a decision by it is logged as a warning |
 
+mod bounds;
 mod engine;
 mod entities;
 mod expectations;

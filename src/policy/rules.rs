@@ -13,10 +13,10 @@ use cedar_policy::{
 };
 use jiff::Timestamp;
 
-use super::PolicyError;
 use super::entities::{BROKER, Vocabulary};
 use super::slice::{Constraint, Scope};
 use super::source::{PolicySource, SourceFile, one_line};
+use super::{Action, PolicyError};
 use crate::environment::Registry;
 
 /// The most policies in one set.
@@ -339,24 +339,43 @@ fn wildcard(
     vocabulary: &Vocabulary,
     registry: &Registry,
 ) -> Result<Option<String>, PolicyError> {
-    let reaches = reaches_protected(&rule.scope.resource, vocabulary, registry);
-    let everyone = matches!(rule.scope.principal, Constraint::Any);
-    let everything = matches!(rule.scope.resource, Constraint::Any);
-    if !rule.permits() || !rule.scope.all_actions() || !reaches {
-        return Ok(None);
-    }
-    let what = match (everyone, everything) {
-        (true, true) => "leaves principal, action and resource all open",
-        (_, true) => "gives every action on everything",
-        _ => "gives every action on what is protected",
-    };
+    let Some((what, mend)) = excess(rule, vocabulary, registry) else { return Ok(None) };
     match &rule.wildcard {
         Some(why) => Ok(Some(format!("{}: {what}, because: {}", rule.place, one_line(why)))),
-        None => {
-            let mend = "list the actions, or say why with @allow_wildcard(\"…\")";
-            Err(rule.refuse(&format!("{what}; {mend}")))
-        }
+        None => Err(rule.refuse(&format!("{what}; {mend}, or say why with @allow_wildcard(\"…\")"))),
     }
+}
+
+/// What a permit gives too much of, and how it would give less. Every action, and `administer` for everyone, are too
+/// much under a condition as well: whether it holds is nothing that this can judge.
+fn excess(rule: &Rule, vocabulary: &Vocabulary, registry: &Registry) -> Option<(&'static str, &'static str)> {
+    if !rule.permits() {
+        return None;
+    }
+    let (everyone, everything) = (is_open(&rule.scope.principal), is_open(&rule.scope.resource));
+    if rule.scope.all_actions() && reaches_protected(&rule.scope.resource, vocabulary, registry) {
+        return Some(match (everyone, everything) {
+            (true, true) => (
+                "leaves principal, action and resource all open",
+                "name the principal or the resource, and list the actions",
+            ),
+            (_, true) => ("gives every action on everything", "list the actions"),
+            _ => ("gives every action on what is protected", "list the actions"),
+        });
+    }
+    if everyone && rule.scope.admits(Action::Administer) {
+        return Some(("gives `administer` to everyone", "name the principal"));
+    }
+    let unconditional = !rule.policy.has_non_scope_constraint();
+    (everyone && everything && unconditional).then_some((
+        "leaves principal and resource open without a condition",
+        "name one of them, or add a `when`",
+    ))
+}
+
+/// Whether the constraint names nobody and nothing: a type alone is as good as everyone of it.
+const fn is_open(constraint: &Constraint) -> bool {
+    matches!(constraint, Constraint::Any | Constraint::Is(_))
 }
 
 /// Whether a resource that is protected can satisfy the constraint.
@@ -606,7 +625,32 @@ mod tests {
         for (head, said) in [
             ("(principal, action, resource)", "leaves principal, action and resource all open"),
             ("(principal in Group::\"g\", action, resource)", "gives every action on everything"),
-            ("(principal is User, action, resource is Secret)", "gives every action on what is protected"),
+            (
+                "(principal is User, action, resource is Secret)",
+                "leaves principal, action and resource all open",
+            ),
+            ("(principal in Group::\"g\", action, resource is Secret)", "gives every action on everything"),
+            (
+                "(principal, action == Action::\"read\", resource)",
+                "leaves principal and resource open without a condition",
+            ),
+            (
+                "(principal is User, action in [Action::\"read\"], resource is Secret)",
+                "leaves principal and resource open without a condition",
+            ),
+            (
+                "(principal, action == Action::\"administer\", resource == Environment::\"claviger\")",
+                "gives `administer` to everyone",
+            ),
+            (
+                "(principal is Workload, action == Action::\"administer\", resource in \
+                 Environment::\"development\") when { resource.environment == \"development\" }",
+                "gives `administer` to everyone",
+            ),
+            (
+                "(principal, action, resource in Environment::\"development\")",
+                "gives `administer` to everyone",
+            ),
             (
                 "(principal in Group::\"g\", action, resource in Environment::\"production\")",
                 "gives every action on what is protected",
@@ -621,7 +665,8 @@ mod tests {
             ),
         ] {
             let message = problem(&format!("@id(\"x\") permit {head};"));
-            assert!(message.contains(&format!("policy `x`: {said}; list the actions")), "{message}");
+            assert!(message.contains(&format!("policy `x`: {said}; ")), "{message}");
+            assert!(message.ends_with(", or say why with @allow_wildcard(\"…\")"), "{message}");
             let warned = warnings(&format!("@id(\"x\") @allow_wildcard(\"on call\") permit {head};"));
             assert!(
                 warned.iter().any(|warning| warning.contains(&format!("{said}, because: on call"))),
@@ -631,7 +676,11 @@ mod tests {
         for fine in [
             "permit (principal in Group::\"g\", action, resource in Environment::\"development\")",
             "permit (principal, action == Action::\"read\", resource in Environment::\"production\")",
+            "permit (principal, action == Action::\"read\", resource) unless { resource.protected }",
+            "permit (principal in Group::\"g\", action == Action::\"read\", resource)",
+            "permit (principal in Group::\"g\", action == Action::\"administer\", resource)",
             "forbid (principal, action, resource)",
+            "forbid (principal, action == Action::\"administer\", resource)",
         ] {
             assert_eq!(warnings(&format!("@id(\"x\") {fine};")), Vec::<String>::new(), "{fine}");
         }
@@ -639,10 +688,29 @@ mod tests {
 
     #[test]
     fn every_action_by_name_is_every_action() {
-        let all: Vec<String> =
-            crate::policy::Action::ALL.iter().map(|action| format!("Action::\"{action}\"")).collect();
-        let head = format!("(principal in Group::\"g\", action in [{}], resource)", all.join(", "));
+        let all: Vec<&Action> = Action::ALL.iter().collect();
+        let head = format!("(principal in Group::\"g\", action in [{}], resource)", named(&all));
         assert!(problem(&format!("@id(\"x\") permit {head};")).contains("gives every action on everything"));
+    }
+
+    #[test]
+    fn all_actions_but_one_for_everyone_are_too_many() {
+        for left_out in Action::ALL {
+            let others: Vec<&Action> = Action::ALL.iter().filter(|action| *action != left_out).collect();
+            assert_eq!(others.len(), 10);
+            let policy = format!("@id(\"x\") permit (principal, action in [{}], resource);", named(&others));
+            let said = match left_out {
+                Action::Administer => "leaves principal and resource open without a condition",
+                _ => "gives `administer` to everyone",
+            };
+            let message = problem(&policy);
+            assert!(message.contains(said), "{message}");
+        }
+    }
+
+    fn named(actions: &[&Action]) -> String {
+        let named: Vec<String> = actions.iter().map(|action| format!("Action::\"{action}\"")).collect();
+        named.join(", ")
     }
 
     #[test]

@@ -98,7 +98,8 @@ impl Scope {
         self.admits(action) && self.principal.holds(principal) && self.resource.holds(resource)
     }
 
-    fn admits(&self, action: Action) -> bool {
+    /// Whether it gives this action.
+    pub(super) fn admits(&self, action: Action) -> bool {
         self.actions & bit(action) != 0
     }
 }

@@ -11,7 +11,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::PolicyError;
+use super::{PolicyError, bounds};
 
 const SCHEMA: &str = "schema.cedarschema";
 const TESTS: &str = "tests";
@@ -81,6 +81,7 @@ impl PolicySource {
         if policies.is_empty() {
             return Err(PolicyError::Empty { place });
         }
+        policies.iter().chain([&schema]).try_for_each(bounds::check)?;
         Ok(PolicyFiles { place, schema, policies, warnings })
     }
 

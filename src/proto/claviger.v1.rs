@@ -2158,6 +2158,15 @@ pub struct Chain {
     /// Whether the chain ends with an orderly shutdown.
     #[prost(bool, tag = "7")]
     pub clean_shutdown: bool,
+    /// How many `lost` records there are: what is left may be whole, but is not all there was.
+    #[prost(uint64, tag = "8")]
+    pub losses: u64,
+    /// How often a start cut off an unfinished last line, as a crash leaves it.
+    #[prost(uint64, tag = "9")]
+    pub repairs: u64,
+    /// How many bytes of an unfinished line end the chain now: a write under way, or a crash.
+    #[prost(uint64, tag = "10")]
+    pub torn_bytes: u64,
 }
 /// What was found.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -2165,9 +2174,12 @@ pub struct VerifyResponse {
     /// The chains.
     #[prost(message, repeated, tag = "1")]
     pub chains: ::prost::alloc::vec::Vec<Chain>,
-    /// The faults; none: the log is whole as far as it is anchored.
+    /// The faults, at most 1,000; none: the log is whole as far as it is anchored.
     #[prost(message, repeated, tag = "2")]
     pub findings: ::prost::alloc::vec::Vec<Finding>,
+    /// How many faults more there are.
+    #[prost(uint64, tag = "3")]
+    pub more_findings: u64,
 }
 /// Generated client implementations.
 pub mod audit_service_client {

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use futures_util::Stream;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -69,20 +70,24 @@ impl Bound {
     /// Connections, as they come; one over the bound is closed at once.
     pub(super) fn incoming(self, bound: Arc<Semaphore>) -> impl Stream<Item = io::Result<Connection>> {
         futures_util::stream::unfold((self, bound), |(listener, bound)| async move {
+            let mut complaint = Complaint::default();
             loop {
                 let accepted = listener.accept().await;
                 match (accepted, Arc::clone(&bound).try_acquire_owned()) {
                     (Ok((stream, info)), Ok(permit)) => {
-                        let connection = Connection { stream, info, _permit: permit };
+                        let connection = Connection::new(stream, info, permit);
                         return Some((Ok(connection), (listener, bound)));
                     }
                     (Ok((_, info)), Err(_)) => {
-                        tracing::warn!(source = %info.source, "connection refused: the bound on connections is reached");
+                        complaint.say(|suppressed| {
+                            tracing::warn!(source = %info.source, suppressed, "connection refused: the bound on connections is reached");
+                        });
                     }
-                    // Out of file descriptors, or a peer that went before it was accepted: the listener lives on.
+                    // Out of file descriptors, or a peer that went before it was accepted: the listener lives on, but
+                    // not in a circle without a pause.
                     (Err(error), _) => {
-                        tracing::warn!(%error, "accept failed");
-                        tokio::task::yield_now().await;
+                        complaint.say(|suppressed| tracing::warn!(%error, suppressed, "accept failed"));
+                        pause().await;
                     }
                 }
             }
@@ -110,6 +115,31 @@ impl Bound {
     }
 }
 
+/// A warning that repeats is said with its 1st, 10th, 100th … occurrence.
+#[derive(Default)]
+struct Complaint {
+    times: u64,
+    next: u64,
+}
+
+impl Complaint {
+    fn say(&mut self, say: impl FnOnce(u64)) {
+        self.times += 1;
+        if self.times > self.next {
+            say(self.times - 1);
+            self.next = self.times.saturating_mul(10).saturating_sub(1);
+        }
+    }
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "there is no condition to wait for: file descriptors come back in time"
+)]
+async fn pause() {
+    tokio::time::sleep(Duration::from_millis(100)).await;
+}
+
 /// What the kernel says of a connection's other end.
 #[derive(Debug, Clone)]
 pub(super) struct ConnectionInfo {
@@ -118,10 +148,48 @@ pub(super) struct ConnectionInfo {
 }
 
 /// A connection that holds its place among the connections permitted.
+///
+/// One that has not begun to speak HTTP/2 within [`BEGIN_WITHIN`] is closed: the protocol keeps its own watch over
+/// silence, but only from there on.
 pub(super) struct Connection {
     stream: Socket,
     info: ConnectionInfo,
+    /// Until when the rest of the beginning must be there, and how many bytes of it are missing.
+    begin: Option<(Pin<Box<tokio::time::Sleep>>, usize)>,
     _permit: OwnedSemaphorePermit,
+}
+
+/// How long a connection may keep its place without having begun.
+const BEGIN_WITHIN: Duration = Duration::from_secs(10);
+/// The client's connection preface and the head of its SETTINGS frame, in bytes (RFC 9113, sections 3.4 and 4.1).
+const BEGINNING: usize = 24 + 9;
+
+impl Connection {
+    #[expect(clippy::disallowed_methods, reason = "a limit on waiting is a time")]
+    fn new(stream: Socket, info: ConnectionInfo, permit: OwnedSemaphorePermit) -> Self {
+        let begin = Some((Box::pin(tokio::time::sleep(BEGIN_WITHIN)), BEGINNING));
+        Self { stream, info, begin, _permit: permit }
+    }
+
+    fn heard(&mut self, bytes: usize) {
+        self.begin = self
+            .begin
+            .take()
+            .map(|(limit, missing)| (limit, missing.saturating_sub(bytes)))
+            .filter(|(_, missing)| *missing > 0);
+    }
+
+    fn poll_silence(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.begin {
+            Some((limit, _)) => {
+                let late = || {
+                    io::Error::new(io::ErrorKind::TimedOut, "the connection did not begin to speak HTTP/2")
+                };
+                limit.as_mut().poll(cx).map(|()| Err(late()))
+            }
+            None => Poll::Pending,
+        }
+    }
 }
 
 enum Socket {
@@ -143,10 +211,16 @@ impl AsyncRead for Connection {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        match &mut self.stream {
+        let before = buf.filled().len();
+        let read = match &mut self.stream {
             Socket::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
             Socket::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
+        };
+        if read.is_pending() {
+            return self.poll_silence(cx);
         }
+        self.heard(buf.filled().len() - before);
+        read
     }
 }
 

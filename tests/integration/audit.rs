@@ -58,6 +58,17 @@ impl Place {
         self.try_open(self.settings()).unwrap()
     }
 
+    /// Opens the log where it still holds `expected`.
+    fn open_expecting(&self, expected: &Anchor) -> Result<Log, AuditError> {
+        self.try_open(Settings { expected: Some(expected.clone()), ..self.settings() })
+    }
+
+    /// Opens the log whether or not it still holds `expected`.
+    fn accept_loss(&self, expected: &Anchor) -> Log {
+        let expected = Some(expected.clone());
+        self.try_open(Settings { expected, accept_loss: true, ..self.settings() }).unwrap()
+    }
+
     /// One segment per batch.
     fn open_in_pieces(&self) -> Log {
         self.try_open(Settings { segment_bytes: 1, ..self.settings() }).unwrap()
@@ -113,6 +124,23 @@ fn record(detail: impl Into<String>) -> Record {
         detail: detail.into(),
         ..Record::default()
     }
+}
+
+/// A line's place.
+fn place_of(line: &str) -> Anchor {
+    let record = json(line);
+    let text = |member: &str| record[member].as_str().unwrap().to_owned();
+    format!("{}:{}:{}", text("instance"), record["seq"], text("hash")).parse().unwrap()
+}
+
+/// A start's refusal of a log that lacks `expected`, in words.
+fn refusal(opened: Result<Log, AuditError>) -> String {
+    let error = opened.unwrap_err();
+    assert!(matches!(error, AuditError::Cut { .. }), "{error}");
+    assert_eq!(error.reason(), Reason::AuditBroken);
+    let text = error.to_string();
+    assert!(text.contains("--accept-loss") && !text.contains('\n'), "{text}");
+    text
 }
 
 fn json(line: &str) -> serde_json::Value {
@@ -599,7 +627,7 @@ async fn a_deleted_file_is_noticed_and_the_chain_goes_on_elsewhere() {
         assert_eq!(findings(&report), [FindingKind::MissingStart]);
         assert_eq!(report.instances[0].losses, 1);
         // The next start finds a chain that it can go on with; the evidence stays.
-        place.open().close().await.unwrap();
+        place.open_expecting(&log.last_checkpoint().unwrap()).unwrap().close().await.unwrap();
         assert_eq!(findings(&place.verify()), [FindingKind::MissingStart]);
     }
 }
@@ -762,6 +790,185 @@ async fn a_start_looks_back_to_the_last_checkpoint() {
 }
 
 #[tokio::test]
+async fn a_log_cut_back_to_a_checkpoint_is_refused_until_the_loss_is_accepted() {
+    // start, checkpoint, n0, n1, shutdown, checkpoint
+    let place = closed_log(2).await;
+    let earlier = place.segments().iter().map(|path| fs::read(path).unwrap()).collect::<Vec<_>>().concat();
+    let log = place.open();
+    log.append(record("lost"), Durable).await.unwrap();
+    log.close().await.unwrap();
+    let expected = log.last_checkpoint().unwrap();
+    assert_eq!((expected.seq, &expected), (11, &place.anchor()));
+    place.open_expecting(&expected).unwrap().close().await.unwrap();
+
+    let segment = place.segments().remove(0);
+    fs::write(&segment, &earlier).unwrap();
+    assert!(place.verify().is_clean(), "nothing in the chain itself shows it");
+    for _ in 0..2 {
+        let text = refusal(place.open_expecting(&expected));
+        assert!(text.contains("record 11 ") && text.contains(&expected.hash.to_string()), "{text}");
+        assert!(text.contains("ends at record 6;"), "{text}");
+        assert_eq!(fs::read(&segment).unwrap(), earlier, "evidence is left as it was");
+    }
+
+    let log = place.accept_loss(&expected);
+    let last = log.last_checkpoint().unwrap();
+    let lines = place.lines();
+    assert_eq!(kinds(&lines[6..]), ["lost", "start", "checkpoint"]);
+    assert_eq!(last, place_of(&lines[8]), "the loss is on the disk");
+    let lost = json(&lines[6]);
+    assert_eq!(lost["segment"], "00000000000000000001.jsonl");
+    assert!(lost["problem"].as_str().unwrap().contains("record 11 "), "{lost}");
+    log.close().await.unwrap();
+    let report = place.verify();
+    assert!(report.is_clean(), "{report:?}");
+    assert_eq!(report.instances[0].losses, 1);
+    assert_eq!(findings(&place.verify_with(&[expected])), [FindingKind::AnchorMismatch]);
+    place.open_expecting(&last).unwrap();
+}
+
+#[tokio::test]
+async fn a_torn_record_that_is_expected_is_no_mere_repair() {
+    let place = closed_log(1).await;
+    let expected = place.anchor();
+    let segment = place.segments().remove(0);
+    let mut bytes = fs::read(&segment).unwrap();
+    bytes.truncate(bytes.len() - 1);
+    fs::write(&segment, &bytes).unwrap();
+    refusal(place.open_expecting(&expected));
+    assert_eq!(fs::read(&segment).unwrap(), bytes, "evidence is left as it was");
+    place.accept_loss(&expected).close().await.unwrap();
+    assert_eq!(kinds(&place.lines()[4..7]), ["repaired", "lost", "start"]);
+    assert!(place.verify().is_clean());
+}
+
+#[tokio::test]
+async fn a_log_that_is_gone_is_refused_until_the_loss_is_accepted() {
+    for gone in ["audit", "audit/a"] {
+        let place = closed_log(1).await;
+        let expected = place.anchor();
+        fs::remove_dir_all(place.directory.path().join(gone)).unwrap();
+        for _ in 0..2 {
+            let text = refusal(place.open_expecting(&expected));
+            assert!(text.contains("no record at all"), "{text}");
+            assert!(place.segments().is_empty(), "no new chain was begun");
+        }
+        place.accept_loss(&expected).close().await.unwrap();
+        assert_eq!(kinds(&place.lines()), ["lost", "start", "checkpoint", "shutdown", "checkpoint"]);
+        let report = place.verify();
+        assert!(report.is_clean(), "{report:?}");
+        assert_eq!(report.instances[0].losses, 1);
+    }
+}
+
+#[tokio::test]
+async fn another_record_in_the_expected_ones_place_is_refused() {
+    let place = closed_log(2).await;
+    let lines = place.lines();
+    let other = Anchor { hash: place_of(&lines[2]).hash, ..place_of(&lines[3]) };
+    for expected in [other, Anchor { hash: place_of(&lines[2]).hash, ..place.anchor() }] {
+        let text = refusal(place.open_expecting(&expected));
+        assert!(text.contains("00000000000000000001.jsonl holds another one"), "{text}");
+    }
+    let text = refusal(place.open_expecting(&Anchor { instance: "b".to_owned(), ..place.anchor() }));
+    assert!(text.contains("chain of instance `a`"), "{text}");
+    assert_eq!(place.lines(), lines);
+    for line in &lines {
+        assert!(place.open_expecting(&place_of(line)).is_ok(), "{line}");
+    }
+    let other = Anchor { hash: place_of(&lines[2]).hash, ..place_of(&lines[3]) };
+    place.accept_loss(&other).close().await.unwrap();
+    assert_eq!(place.verify().instances[0].losses, 1);
+    assert!(place.verify().is_clean());
+}
+
+#[tokio::test]
+async fn what_is_expected_is_looked_up_in_earlier_segments() {
+    let place = Place::new();
+    let log = place.open_in_pieces();
+    let first = log.last_checkpoint().unwrap();
+    for n in 0..3 {
+        log.append(record(format!("n{n}")), Durable).await.unwrap();
+    }
+    log.close().await.unwrap();
+    // start + checkpoint | n0 | n1 | n2 | shutdown + checkpoint
+    let segments = place.segments();
+    let middle = place_of(&fs::read_to_string(&segments[2]).unwrap());
+    for expected in [&first, &middle] {
+        assert!(place.open_expecting(expected).is_ok(), "{expected}");
+        let other = Anchor { hash: log.last_checkpoint().unwrap().hash, ..expected.clone() };
+        refusal(place.open_expecting(&other));
+    }
+    fs::remove_file(&segments[2]).unwrap();
+    let text = refusal(place.open_expecting(&middle));
+    assert!(text.contains("00000000000000000003.jsonl, where it belongs, does not hold it"), "{text}");
+    fs::remove_file(&segments[0]).unwrap();
+    let text = refusal(place.open_expecting(&first));
+    assert!(text.contains("no signed retention record"), "{text}");
+}
+
+#[tokio::test]
+async fn what_the_retention_removed_is_not_cut_off() {
+    let place = Place::new();
+    let settings = Settings { segment_bytes: 1, retention: 10 * DAY, ..place.settings() };
+    let log = place.try_open(settings.clone()).unwrap();
+    let expected = log.last_checkpoint().unwrap();
+    place.clock.advance(11 * DAY);
+    log.append(record("new"), Durable).await.unwrap();
+    log.close().await.unwrap();
+    assert!(place_of(&place.lines()[0]).seq > expected.seq, "removed");
+    let settings = Settings { expected: Some(expected), ..settings };
+    place.try_open(settings.clone()).unwrap().close().await.unwrap();
+
+    // More than the retention record gives up is.
+    fs::remove_file(&place.segments()[0]).unwrap();
+    refusal(place.try_open(settings));
+}
+
+#[tokio::test]
+async fn the_last_checkpoint_is_the_newest_on_the_disk() {
+    let place = Place::new();
+    let log = place.open();
+    let last = || log.last_checkpoint().unwrap();
+    let many = || vec![record("many"); usize::try_from(CHECKPOINT_EVERY).unwrap()];
+    assert_eq!(last(), place_of(&place.lines()[1]), "the start's own");
+    log.append(record("one"), Durable).await.unwrap();
+    assert_eq!(last().seq, 2);
+    log.append_all(many(), Durable).await.unwrap();
+    let checkpoint = last();
+    assert_eq!(checkpoint, place_of(&place.lines()[102]), "behind the hundredth record since");
+    log.append_all(many(), Relaxed).await.unwrap();
+    assert!(kinds(&place.lines()[103..]).contains(&"checkpoint".to_owned()));
+    assert_eq!(last(), checkpoint, "what is only written may not survive");
+    log.append(record("one"), Durable).await.unwrap();
+    assert!(last().seq > checkpoint.seq);
+    log.clone().close().await.unwrap();
+    assert_eq!(last(), place.anchor(), "the shutdown's");
+    assert_eq!(last(), place_of(place.lines().last().unwrap()));
+    assert_eq!(kinds(&place.lines()).last().unwrap(), "checkpoint");
+}
+
+#[tokio::test]
+async fn a_record_of_another_instance_shows() {
+    let place = closed_log(6).await;
+    let mut lines = place.lines();
+    assert!(lines.iter().all(|line| line.contains("Z\",\"instance\":\"a\",\"kind\":")), "{lines:?}");
+    // Behind the last checkpoint anyone who can write can rewrite.
+    lines.truncate(8);
+    for line in [4, 5, 7] {
+        lines[line] = lines[line].replace("\"instance\":\"a\"", "\"instance\":\"b\"");
+    }
+    place.rewrite(&rechained(&lines, 4));
+    let report = place.verify();
+    assert_eq!(findings(&report), [FindingKind::Malformed; 2], "once for each run of them: {report:?}");
+    assert_eq!((report.findings[0].sequence, report.findings[1].sequence), (Some(5), Some(8)));
+    assert!(report.findings[0].message.contains("instance `b`"), "{report:?}");
+    let error = place.try_open(place.settings()).unwrap_err();
+    assert_eq!(error.reason(), Reason::AuditBroken, "{error}");
+    assert!(error.to_string().contains("instance `b`"), "{error}");
+}
+
+#[tokio::test]
 async fn an_empty_last_segment_is_written_to() {
     let place = closed_log(1).await;
     let next = place.segments()[0].with_file_name("00000000000000000006.jsonl");
@@ -838,7 +1045,7 @@ async fn a_retention_record_that_is_not_signed_excuses_nothing() {
     let kept = json(&fs::read_to_string(&segments[2]).unwrap());
     let last = fs::read_to_string(&segments[3]).unwrap();
     let forged = format!(
-        "{}\"seq\":6,\"prev\":\"{}\",\"time\":\"2026-01-02T03:04:05Z\",\"kind\":\"retention\",\"first\":{},\"first_prev\":{},\"removed\":2}}",
+        "{}\"seq\":6,\"prev\":\"{}\",\"time\":\"2026-01-02T03:04:05Z\",\"instance\":\"a\",\"kind\":\"retention\",\"first\":{},\"first_prev\":{},\"removed\":2}}",
         " ".repeat(BODY),
         &last[9..73],
         kept["seq"],
@@ -978,23 +1185,37 @@ async fn text_of_strangers_stays_within_its_line() {
 }
 
 #[tokio::test]
-async fn a_checkpoint_vouches_for_the_kv_and_never_for_an_older_one() {
+async fn a_checkpoint_vouches_for_the_stores_and_never_for_older_ones() {
     let place = Place::new();
-    let revision = Arc::new(AtomicU64::new(41));
+    let generation = Arc::new(AtomicU64::new(41));
     let settings = || {
-        let revision = Arc::clone(&revision);
-        Settings { kv_revision: Arc::new(move || revision.load(Ordering::SeqCst)), ..place.settings() }
+        let generation = Arc::clone(&generation);
+        Settings { generation: Arc::new(move || generation.load(Ordering::SeqCst)), ..place.settings() }
     };
     let log = place.try_open(settings()).unwrap();
-    assert_eq!(log.anchored_kv_revision(), 0);
-    revision.store(57, Ordering::SeqCst);
+    assert_eq!(log.anchored_generation(), 0);
+    generation.store(57, Ordering::SeqCst);
     log.close().await.unwrap();
     for _ in 0..3 {
-        revision.store(7, Ordering::SeqCst);
+        generation.store(7, Ordering::SeqCst);
         let log = place.try_open(Settings { segment_bytes: 1, ..settings() }).unwrap();
-        assert_eq!(log.anchored_kv_revision(), 57, "restarts don't wash off what was vouched for");
+        assert_eq!(log.anchored_generation(), 57, "restarts don't wash off what was vouched for");
         log.close().await.unwrap();
     }
+    assert_eq!(place.verify().instances[0].losses, 0);
+
+    let log = place.try_open(Settings { accept_loss: true, ..settings() }).unwrap();
+    assert_eq!(log.anchored_generation(), 57);
+    drop(log);
+    for _ in 0..2 {
+        let log = place.try_open(Settings { accept_loss: true, ..settings() }).unwrap();
+        assert_eq!(log.anchored_generation(), 7, "a loss is accepted, and recorded, once");
+        log.close().await.unwrap();
+    }
+    let lines = place.lines();
+    let lost: Vec<_> = lines.iter().map(|line| json(line)).filter(|line| line["kind"] == "lost").collect();
+    assert_eq!(lost.len(), 1);
+    assert!(lost[0]["problem"].as_str().unwrap().contains("generation 57 "), "{}", lost[0]);
     assert!(place.verify().is_clean());
 }
 
@@ -1093,7 +1314,19 @@ async fn queries_span_instances() {
     }
     let found =
         query(&place.audit(), &Query { action: Some("read".to_owned()), limit: 3, ..Query::default() });
-    assert_eq!(details(&found.unwrap()), ["n3", "n2", "n1"]);
+    let found = found.unwrap();
+    assert_eq!(details(&found), ["n3", "n2", "n1"]);
+    assert_eq!(found.iter().map(|line| place_of(line).instance).collect::<Vec<_>>(), ["b", "a", "b"]);
+    let of = |instance: &str| {
+        let wanted = Query {
+            instance: Some(instance.to_owned()),
+            action: Some("read".to_owned()),
+            ..Query::default()
+        };
+        details(&query(&place.audit(), &wanted).unwrap())
+    };
+    assert_eq!((of("a"), of("b")), (vec!["n2".to_owned(), "n0".to_owned()], vec!["n3".into(), "n1".into()]));
+    assert!(of("c").is_empty());
     first.close().await.unwrap();
     second.close().await.unwrap();
     let report = place.verify();

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use aws_sdk_secretsmanager::types::RotationRulesType;
 use claviger::clock::SystemClock;
+use claviger::environment::AwsSettings;
 use claviger::error::{Reason, Reasoned};
 use claviger::secret::{
     ContentType, EnvironmentName, Label, LabelMove, SecretId, SecretName, SecretValue, Selector, VersionId,
@@ -15,7 +16,9 @@ use claviger::store::aws::{Aws, Bounds};
 use claviger::store::{Freshness, ListRequest, Put, RecoveryWindow, Store, StoreError};
 use serde_json::json;
 
-use crate::support::moto::{FaultProxy, Mode, Moto, fresh_environment, once, quick, store_at};
+use crate::support::moto::{
+    FaultProxy, Mode, Moto, REGION, credentials, fresh_environment, once, quick, store_at,
+};
 
 /// A store behind a proxy, in an environment of its own.
 struct Bench {
@@ -34,7 +37,7 @@ impl Bench {
         let moto = Moto::start().await;
         let proxy = FaultProxy::start(moto.endpoint()).await;
         let environment = fresh_environment();
-        let store = proxy.store(&environment, bounds);
+        let store = proxy.store(&environment, bounds).await;
         Self { moto, proxy, environment, store }
     }
 
@@ -147,7 +150,7 @@ async fn nobody_there_is_an_outage() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let endpoint = format!("http://{}", listener.local_addr().unwrap());
     drop(listener);
-    let store = store_at(&endpoint, &environment, &quick(), SystemClock::shared());
+    let store = store_at(&endpoint, &environment, &quick(), SystemClock::shared()).await;
     let error = store.ping(&environment).await.unwrap_err();
     assert_eq!(error.reason(), Reason::StoreUnavailable, "{error}");
 }
@@ -193,7 +196,7 @@ async fn a_move_whose_answer_was_lost_is_done() {
     assert_eq!(bench.get("database").await.unwrap(), "one");
 
     // Where the client itself tries again, AWS refuses the second attempt, and the labels say that the first counted.
-    let patient = bench.proxy.store(&bench.environment, &quick());
+    let patient = bench.proxy.store(&bench.environment, &quick()).await;
     let bench = Bench { store: patient, ..bench };
     bench.proxy.next("UpdateSecretVersionStage", 1, Mode::CutAfterRequest);
     assert!(bench.make_current("database", &one, &two).await.unwrap());
@@ -409,6 +412,95 @@ async fn a_name_that_looks_like_the_end_of_an_arn_is_a_name() {
 }
 
 #[tokio::test]
+async fn a_name_that_looks_like_the_end_of_an_arn_is_warned_of_once() {
+    let bench = Bench::new().await;
+    // Whether a place in the code is of interest is decided when it is first passed, by the thread that does, and again
+    // when a subscriber comes. So it is passed once before there is one.
+    bench.put("first-AbCdEf", "x").await;
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(Arc::new(log.reopen().unwrap()));
+    let guard = tracing::subscriber::set_default(subscriber.finish());
+    for name in ["database", "database-abc123", "database-abc123"] {
+        bench.put(name, "hunter2").await;
+    }
+    drop(guard);
+
+    let log = std::fs::read_to_string(log.path()).unwrap();
+    let warnings: Vec<&str> = log.lines().filter(|line| line.contains("partial ARN")).collect();
+    assert_eq!(warnings.len(), 1, "{log}");
+    assert!(warnings[0].contains("WARN") && warnings[0].contains("secret=database-abc123"), "{log}");
+    assert!(warnings[0].contains(&format!("environment={}", bench.environment)), "{log}");
+    assert!(!log.contains("hunter2"), "{log}");
+}
+
+/// A store that assumes a role of another account, with its two ways out.
+struct Assumed {
+    sts: FaultProxy,
+    secrets: FaultProxy,
+    store: Aws,
+    id: SecretId,
+}
+
+impl Assumed {
+    async fn new() -> Self {
+        let moto = Moto::start().await;
+        let (sts, secrets) =
+            (FaultProxy::start(moto.endpoint()).await, FaultProxy::start(moto.endpoint()).await);
+        let settings = AwsSettings {
+            region: Some(REGION.to_owned()),
+            endpoint: Some(secrets.endpoint().to_owned()),
+            role_arn: Some("arn:aws:iam::210987654321:role/claviger".to_owned()),
+            sts_endpoint: Some(sts.endpoint().to_owned()),
+            ..AwsSettings::default()
+        };
+        let environment = fresh_environment();
+        let id = SecretId::new(environment.clone(), SecretName::parse("database").unwrap());
+        let store =
+            Aws::with_credentials(environment, &settings, credentials(), &quick(), SystemClock::shared())
+                .await;
+        Self { sts, secrets, store: store.unwrap(), id }
+    }
+
+    async fn get(&self) -> Result<String, StoreError> {
+        let found = self.store.get(&self.id, &Selector::CURRENT, Freshness::Cached).await?;
+        Ok(found.value.expose_text().unwrap().to_owned())
+    }
+}
+
+#[tokio::test]
+async fn a_role_is_assumed_once_and_everything_is_done_as_it() {
+    let assumed = Assumed::new().await;
+    assert_eq!(assumed.sts.calls(""), 0, "nothing is asked before there is something to do");
+    assumed.store.put(&assumed.id, put("hunter2")).await.unwrap();
+    assert_eq!(assumed.get().await.unwrap(), "hunter2");
+    assert_eq!((assumed.sts.calls(""), assumed.sts.calls("CreateSecret")), (1, 0));
+    assert_eq!((assumed.secrets.calls(""), assumed.secrets.calls("CreateSecret")), (0, 1));
+
+    // moto has an account for each in a role's ARN: the credentials that assumed it see nothing of its secrets.
+    let own = Moto::start().await.store(&assumed.id.environment, SystemClock::shared()).await;
+    let found = own.get(&assumed.id, &Selector::CURRENT, Freshness::Cached).await;
+    assert_eq!(reason(found), Reason::SecretNotFound);
+}
+
+#[tokio::test]
+async fn without_the_role_nothing_is_asked_of_the_store() {
+    let assumed = Assumed::new().await;
+    let denied = "<ErrorResponse><Error><Type>Sender</Type><Code>AccessDenied</Code><Message>not yours</Message>\
+                  </Error><RequestId>1</RequestId></ErrorResponse>";
+    for (fault, expected) in [
+        (Mode::Answer(403, denied.to_owned()), Reason::StoreDenied),
+        (Mode::Unavailable, Reason::StoreUnavailable),
+    ] {
+        assumed.sts.set(fault.clone());
+        assert_eq!(reason(assumed.get().await), expected, "{fault:?}");
+    }
+    assert_eq!(assumed.secrets.calls("GetSecretValue"), 0);
+    assumed.sts.set(Mode::Pass);
+    assumed.store.put(&assumed.id, put("hunter2")).await.unwrap();
+    assert_eq!(assumed.get().await.unwrap(), "hunter2");
+}
+
+#[tokio::test]
 async fn what_aws_says_of_another_secret_is_not_taken_for_the_one_asked_for() {
     let bench = Bench::new().await;
     let other = json!({
@@ -512,7 +604,8 @@ async fn a_list_is_of_one_environment_sorted_and_in_pages() {
     bench.store.delete(&bench.id("team/b"), RecoveryWindow::DEFAULT).await.unwrap();
     let neighbour = EnvironmentName::parse(&format!("{}0", bench.environment)).unwrap();
     let foreign = SecretId::new(neighbour.clone(), SecretName::parse("team/d").unwrap());
-    bench.moto.store(&neighbour, SystemClock::shared()).put(&foreign, put("x")).await.unwrap();
+    let theirs = bench.moto.store(&neighbour, SystemClock::shared()).await;
+    theirs.put(&foreign, put("x")).await.unwrap();
 
     assert_eq!(listed(&bench, "", false).await, ["Team/b", "other", "team/a", "team/c"]);
     assert_eq!(listed(&bench, "team/", false).await, ["team/a", "team/c"]);

@@ -230,6 +230,75 @@ async fn a_database_from_the_past_is_noticed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_number_in_the_database_does_not_make_an_old_one_new() {
+    let folder = tempfile::tempdir().unwrap();
+    let resolved = resolved(folder.path());
+    let running = start(&resolved, clock()).await.unwrap();
+    put(&running, id("development", "database"), "old").await.unwrap();
+    running.stop().await.unwrap();
+    let database = folder.path().join("data/claviger.db");
+    let old = std::fs::read(&database).unwrap();
+    let running = start(&resolved, clock()).await.unwrap();
+    put(&running, id("development", "database"), "new").await.unwrap();
+    running.stop().await.unwrap();
+    std::fs::write(&database, old).unwrap();
+    // An intruder writes as many changes as it takes, but none of them is a change of a secret.
+    let kv = claviger::kv::embedded::Embedded::open(&database, clock()).await.unwrap();
+    for n in 0..100_u8 {
+        let write = vec![claviger::kv::Write::put("filler", [n])];
+        let transaction = claviger::kv::Transaction { compare: Vec::new(), write };
+        claviger::kv::Kv::commit(&kv, transaction).await.unwrap();
+    }
+    kv.close().await.unwrap();
+    let error = start(&resolved, clock()).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::Tampered, "{error}");
+    let mut accepted = resolved.clone();
+    accepted.accept_loss = true;
+    let running = start(&accepted, clock()).await.unwrap();
+    running.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_withheld_from_everything_is_on_record_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let policies = folder.path().join("policies");
+    std::fs::create_dir(&policies).unwrap();
+    for (file, text) in claviger::policy::SHIPPED {
+        std::fs::write(policies.join(file), text).unwrap();
+    }
+    let forbid = r#"@id("not-that") forbid (principal, action == Action::"read", resource == Secret::"development:b");"#;
+    std::fs::write(policies.join("zz.cedar"), forbid).unwrap();
+    let mut resolved = resolved(folder.path());
+    resolved.policy = PolicySource::Directory(policies);
+    let running = start(&resolved, clock()).await.unwrap();
+    put(&running, id("development", "a"), "1").await.unwrap();
+    put(&running, id("development", "b"), "2").await.unwrap();
+    let all = BatchRequest::All("development".parse().unwrap());
+    let all = running.broker.batch(&person("ana", &["team"]), all, Freshness::Cached).await.unwrap();
+    assert_eq!(all.len(), 1);
+    running.stop().await.unwrap();
+    let denied: Vec<_> = records(folder.path()).into_iter().filter(|r| r["outcome"] == "denied").collect();
+    assert_eq!((denied.len(), &denied[0]["secret"]), (1, &"b".into()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_relaxed_environment_is_recorded_like_any_other() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut resolved = resolved(folder.path());
+    let mut relaxed = claviger::environment::Environment::sealed("development".parse().unwrap());
+    relaxed.durability = claviger::environment::Durability::Relaxed;
+    resolved.registry = claviger::environment::Registry::new([relaxed]).unwrap();
+    let running = start(&resolved, clock()).await.unwrap();
+    put(&running, id("development", "a"), "1").await.unwrap();
+    for _ in 0..20 {
+        get(&running, &person("ana", &["team"]), id("development", "a")).await.unwrap();
+    }
+    let seen = records(folder.path()).iter().filter(|record| record["action"] == "read").count();
+    assert_eq!(seen, 20, "each record was written before its reply");
+    running.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_store_is_never_given_a_new_key_and_never_shared() {
     let folder = tempfile::tempdir().unwrap();
     let resolved = resolved(folder.path());
@@ -259,6 +328,7 @@ async fn a_store_is_never_given_a_new_key_and_never_shared() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn tokens_end_when_they_are_told_and_when_they_expire() {
+    use claviger::crypto::{MacKey, RootKey};
     use claviger::identity::token::{TokenRequest, Tokens};
     use claviger::identity::{Authenticator as _, Presented, PrincipalKind};
     use claviger::kv::embedded::Embedded;
@@ -266,7 +336,8 @@ async fn tokens_end_when_they_are_told_and_when_they_expire() {
     let folder = tempfile::tempdir().unwrap();
     let clock = clock();
     let kv = Arc::new(Embedded::open(&folder.path().join("kv.db"), clock.clone()).await.unwrap());
-    let tokens = Tokens::open(kv.clone(), clock.clone()).await.unwrap();
+    let key = Arc::new(MacKey::create(&RootKey::generate().unwrap(), &[b"test"]).unwrap().0);
+    let tokens = Tokens::open(kv.clone(), key.clone(), clock.clone()).await.unwrap();
     let request = |minutes: u64| TokenRequest {
         kind: PrincipalKind::Workload,
         principal: "orders".to_owned(),
@@ -285,10 +356,11 @@ async fn tokens_end_when_they_are_told_and_when_they_expire() {
     let text = secret.expose_text().unwrap().rsplit('_').next().unwrap().to_owned();
     let entry =
         claviger::kv::Kv::get(&*kv, format!("token/{}", record.id).as_bytes()).await.unwrap().unwrap();
-    assert!(!String::from_utf8(entry.value).unwrap().contains(&text));
+    let stored = String::from_utf8_lossy(&entry.value);
+    assert!(stored.contains("orders") && !stored.contains(&text));
 
     // A token that was read again from the store is the same token.
-    let again = Tokens::open(kv.clone(), clock.clone()).await.unwrap();
+    let again = Tokens::open(kv.clone(), key, clock.clone()).await.unwrap();
     assert!(again.authenticate(&presented(&secret)).await.unwrap().is_some());
 
     let forged = format!("clv_{}_{}", record.id, "A".repeat(43));

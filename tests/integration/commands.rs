@@ -359,3 +359,133 @@ fn two_brokers_do_not_share_a_folder() {
     assert_eq!(second.status.code(), Some(1));
     assert!(text(&second.stderr).contains("[LOCKED]"), "{}", text(&second.stderr));
 }
+
+#[test]
+fn policies_and_the_log_answer_through_the_broker() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = Program::dev(folder.path());
+    let explained = program.run([
+        "policy",
+        "explain",
+        "read",
+        "database",
+        "-e",
+        "production",
+        "--as",
+        "user:ana",
+        "--group",
+        "team",
+    ]);
+    assert!(
+        text(&explained.stdout).contains("may not"),
+        "{}{}",
+        text(&explained.stdout),
+        text(&explained.stderr)
+    );
+    let explained = program.run([
+        "policy",
+        "explain",
+        "read",
+        "database",
+        "-e",
+        "development",
+        "--as",
+        "user:ana",
+        "--group",
+        "team",
+    ]);
+    assert!(!text(&explained.stdout).contains("may not"), "{}", text(&explained.stdout));
+    let verified = program.ok(["audit", "verify"]);
+    assert!(verified.contains("whole"), "{verified}");
+    let records = program.ok(["audit", "query", "--limit", "1000", "--output", "json"]);
+    assert!(
+        records.contains("explain_policy") && records.contains("verify_audit"),
+        "questions are on record too"
+    );
+}
+
+#[test]
+fn a_tail_follows_the_log_and_ends_with_its_token() {
+    use std::io::{BufRead as _, BufReader};
+    use std::process::Stdio;
+
+    let folder = tempfile::tempdir().unwrap();
+    let program = Program::dev(folder.path());
+    let token = program.ok(["token", "create", "--user", "aud", "--group", "auditors", "--expires", "1h"]);
+    let mut tail = program
+        .command(["audit", "tail", "--output", "json"])
+        .env("CLAVIGER_TOKEN", token.trim())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(tail.stdout.take().unwrap()).lines().map_while(Result::ok);
+    // Its own record may come before or after it follows; what is asked for again and again is seen for sure.
+    let seen = std::sync::atomic::AtomicBool::new(false);
+    let asking = std::thread::scope(|scope| {
+        let asker = scope.spawn(|| {
+            while !seen.load(std::sync::atomic::Ordering::Relaxed) {
+                program.ok(["get", "-e", "development", "jwt"]);
+            }
+        });
+        let found = lines
+            .by_ref()
+            .any(|line| line.contains("\"secret\":\"jwt\"") || line.contains("\"secret\": \"jwt\""));
+        seen.store(true, std::sync::atomic::Ordering::Relaxed);
+        asker.join().unwrap();
+        found
+    });
+    assert!(asking, "the tail shows what happens");
+    program.ok(["token", "revoke", token.trim().split('_').nth(1).unwrap()]);
+    program.ok(["get", "-e", "development", "jwt"]);
+    assert!(lines.count() < 10_000, "the stream ends");
+    assert_eq!(tail.wait().unwrap().code(), Some(3));
+}
+
+#[test]
+fn a_deleted_sample_does_not_keep_dev_from_starting() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut program = Program::dev(folder.path());
+    program.ok(["delete", "-e", "development", "jwt", "--yes"]);
+    assert!(program.signal(Signal::HUP).success(), "a terminal that goes away is an orderly end");
+    let program = Program::dev(folder.path());
+    program.ok(["restore", "-e", "development", "jwt"]);
+    program.ok(["get", "-e", "development", "jwt"]);
+}
+
+/// Stops the broker, does something to its folder, and says how the next start ends.
+fn after(folder: &Path, tamper: impl FnOnce(&Path)) -> String {
+    let data = folder.join("data");
+    tamper(&data);
+    let mut command =
+        claviger(["dev".as_ref(), "--data".as_ref(), data.as_os_str(), "--".as_ref(), "true".as_ref()]);
+    text(&command.output().unwrap().stderr)
+}
+
+#[test]
+fn a_log_that_was_cut_or_removed_is_noticed_and_can_be_accepted() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut program = Program::dev(folder.path());
+    program.ok(["get", "-e", "development", "jwt"]);
+    assert!(program.signal(Signal::TERM).success());
+    let stderr = after(folder.path(), |data| fs::remove_dir_all(data.join("audit")).unwrap());
+    assert!(stderr.contains("[AUDIT_BROKEN]") && stderr.contains("--accept-loss"), "{stderr}");
+    let data = folder.path().join("data");
+    let mut accepted = claviger([
+        "dev".as_ref(),
+        "--accept-loss".as_ref(),
+        "--data".as_ref(),
+        data.as_os_str(),
+        "--".as_ref(),
+        "true".as_ref(),
+    ]);
+    let accepted = accepted.output().unwrap();
+    assert!(accepted.status.success(), "{}", text(&accepted.stderr));
+    let mut log = String::new();
+    for entry in fs::read_dir(data.join("audit/dev")).unwrap() {
+        log += &fs::read_to_string(entry.unwrap().path()).unwrap_or_default();
+    }
+    assert!(log.contains("\"kind\":\"lost\""), "{log}");
+    let stderr = after(folder.path(), |_| {});
+    assert_eq!(stderr, "", "and from then on it is whole again");
+}

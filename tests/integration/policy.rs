@@ -244,8 +244,8 @@ fn a_wildcard_without_a_reason_is_refused() {
     let error = with("@id(\"all\")\npermit (principal, action, resource);").unwrap_err();
     assert_eq!(
         error.to_string(),
-        "all.cedar:1:1, policy `all`: leaves principal, action and resource all open; list the actions, or say why \
-         with @allow_wildcard(\"…\")"
+        "all.cedar:1:1, policy `all`: leaves principal, action and resource all open; name the principal or the \
+         resource, and list the actions, or say why with @allow_wildcard(\"…\")"
     );
     let policies =
         with("@id(\"all\") @allow_wildcard(\"a test\") permit (principal, action, resource);").unwrap();

@@ -834,7 +834,8 @@ impl Fixture for AwsStore {
 
     async fn new() -> Self {
         let environment = fresh_environment();
-        Self { store: Moto::start().await.store(&environment, SystemClock::shared()), environment }
+        let store = Moto::start().await.store(&environment, SystemClock::shared()).await;
+        Self { store, environment }
     }
 
     fn store(&self) -> Arc<dyn Store> {

@@ -226,3 +226,61 @@ async fn sizes_are_bounded() {
     assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
     client.get_secret(get("development", "database")).await.expect("the connection lives on");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn labels_of_ones_own_move_and_the_systems_do_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = Program::dev(folder.path());
+    let mut client = secrets(&program.socket).await;
+    let current = client.get_secret(get("development", "jwt")).await.unwrap().into_inner().secret.unwrap();
+    let request = |label: &str, from: &str| v1::MoveLabelRequest {
+        environment: "development".to_owned(),
+        name: "jwt".to_owned(),
+        label: label.to_owned(),
+        from_version_id: from.to_owned(),
+        to_version_id: current.version_id.clone(),
+        ..Default::default()
+    };
+    assert!(client.move_label(request("stable", "")).await.unwrap().into_inner().changed);
+    assert!(
+        !client.move_label(request("stable", "")).await.unwrap().into_inner().changed,
+        "a retry is harmless"
+    );
+    let elsewhere = "00000000-0000-4000-8000-000000000000";
+    let stale = v1::MoveLabelRequest { to_version_id: String::new(), ..request("stable", elsewhere) };
+    assert_eq!(reason(&client.move_label(stale).await.unwrap_err()), "CONFLICT");
+    for label in ["AWSCURRENT", "AWSPENDING", "AWSPREVIOUS", "AWSX"] {
+        let status = client.move_label(request(label, "")).await.unwrap_err();
+        assert_eq!(reason(&status), "INVALID_LABEL", "{label}");
+    }
+    let selector = v1::selector::Selector::Label("stable".to_owned());
+    let by_label = v1::GetSecretRequest {
+        selector: Some(v1::Selector { selector: Some(selector) }),
+        ..get("development", "jwt")
+    };
+    let found = client.get_secret(by_label).await.unwrap().into_inner().secret.unwrap();
+    assert_eq!(found.version_id, current.version_id);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_that_never_ends_does_not_keep_the_broker() {
+    use crate::support::assembled;
+    use claviger::server::{Limits, Listen};
+    use std::time::Duration;
+    use tokio::io::AsyncWriteExt as _;
+
+    let folder = tempfile::tempdir().unwrap();
+    let running = assembled::start(&assembled::resolved(folder.path()), assembled::clock()).await.unwrap();
+    let path = folder.path().join("s.sock");
+    let door = Listen::Unix { path: path.clone(), mode: 0o600 }.bind().await.unwrap();
+    let (stop, stopped) = tokio::sync::watch::channel(false);
+    let limits = Limits { drain: Duration::from_millis(50), ..Limits::default() };
+    let serving = tokio::spawn(running.serve(vec![door], limits, stopped));
+    let mut stuck = tokio::net::UnixStream::connect(&path).await.unwrap();
+    // The preface, and half of a frame that never comes.
+    stuck.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x10").await.unwrap();
+    stop.send(true).unwrap();
+    tokio::time::timeout(Duration::from_secs(60), serving).await.expect("a hard end").unwrap().unwrap();
+    let records = assembled::records(folder.path());
+    assert_eq!(records.iter().rev().nth(1).unwrap()["kind"], "shutdown");
+}

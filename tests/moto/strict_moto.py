@@ -7,7 +7,8 @@ input is a pipe or a socket, the server ends when that is closed: it does not ou
 
 Each function below that replaces one of moto's names the page of the AWS Secrets Manager API reference that it
 follows: https://docs.aws.amazon.com/secretsmanager/latest/apireference/<page>.html. Not simulated: access control,
-throttling, eventual consistency, rotation by Lambda functions.
+throttling, eventual consistency, rotation by Lambda functions. STS answers at the same address, as moto has it: an
+assumed role acts in the account that its ARN names.
 """
 
 import argparse

@@ -9,9 +9,10 @@ use tokio::sync::{broadcast, watch};
 use tonic::{Request, Response, Status};
 
 use super::convert;
-use super::secrets::answer;
+use super::secrets::{Said, answer};
+use super::status::status;
 use crate::audit::{Query, Report};
-use crate::broker::{AuditView, Broker, BrokerError};
+use crate::broker::{AuditView, Broker, BrokerError, Call};
 use crate::proto::v1::{self, audit_service_server::AuditService};
 
 /// The service.
@@ -35,7 +36,7 @@ impl AuditService for AuditReading {
             &self.broker,
             request,
             "query_audit",
-            |_| "",
+            |q| Said { environment: &q.environment, ..Said::default() },
             |call, q| {
                 let view = view(&q.environment)?;
                 let query = query(q)?;
@@ -55,13 +56,14 @@ impl AuditService for AuditReading {
             &self.broker,
             request,
             "tail_audit",
-            |_| "",
+            |q| Said { environment: &q.environment, ..Said::default() },
             |call, q| {
                 let view = view(&q.environment)?;
                 let shutdown = self.shutdown.clone();
                 Ok(async move {
                     let lines = self.broker.tail_audit(&call, &view).await?;
-                    Ok(follow(lines, view, shutdown))
+                    let follower = Follower { broker: Arc::clone(&self.broker), call, view };
+                    Ok(follow(lines, follower, shutdown))
                 })
             },
         )
@@ -76,7 +78,7 @@ impl AuditService for AuditReading {
             &self.broker,
             request,
             "verify_audit",
-            |_| "",
+            |_| Said::default(),
             |call, _| Ok(async move { self.broker.verify_audit(&call).await.map(report) }),
         )
         .await
@@ -117,19 +119,31 @@ fn query(q: v1::QueryRequest) -> Result<Query, BrokerError> {
     })
 }
 
-/// Lines as they come. A reader that falls behind is told how many it missed; it never holds up the log.
-fn follow(lines: broadcast::Receiver<Arc<str>>, view: AuditView, shutdown: watch::Receiver<bool>) -> Tail {
-    let state = (lines, view, shutdown, 0_u64);
-    Box::pin(futures_util::stream::unfold(state, |(mut lines, view, mut shutdown, mut skipped)| async move {
+/// Who follows, and what.
+struct Follower {
+    broker: Arc<Broker>,
+    call: Call,
+    view: AuditView,
+}
+
+/// Lines as they come. A reader that falls behind is told how many it missed; it never holds up the log. One that may
+/// no longer read is told so, and the stream ends.
+fn follow(lines: broadcast::Receiver<Arc<str>>, follower: Follower, shutdown: watch::Receiver<bool>) -> Tail {
+    let state = Some((lines, follower, shutdown, 0_u64));
+    Box::pin(futures_util::stream::unfold(state, |state| async move {
+        let (mut lines, follower, mut shutdown, mut skipped) = state?;
         loop {
             let received = tokio::select! {
                 received = lines.recv() => received,
                 _ = shutdown.wait_for(|stop| *stop) => return None,
             };
             match received {
-                Ok(line) if in_view(&line, &view) => {
+                Ok(line) if in_view(&line, &follower.view) => {
+                    if let Err(error) = follower.broker.may_still_tail(&follower.call, &follower.view) {
+                        return Some((Err(status(&error, &follower.call.request_id)), None));
+                    }
                     let line = v1::TailResponse { line: line.to_string(), skipped };
-                    return Some((Ok(line), (lines, view, shutdown, 0)));
+                    return Some((Ok(line), Some((lines, follower, shutdown, 0))));
                 }
                 Ok(_) => {}
                 Err(broadcast::error::RecvError::Lagged(missed)) => skipped += missed,
@@ -161,6 +175,9 @@ fn report(report: Report) -> v1::VerifyResponse {
         last_hash: chain.last_hash.map(|hash| hash.to_string()).unwrap_or_default(),
         checkpoints: chain.checkpoints,
         clean_shutdown: chain.clean_shutdown,
+        losses: chain.losses,
+        repairs: chain.repairs,
+        torn_bytes: chain.torn_bytes,
         instance: chain.instance,
     });
     let findings = report.findings.into_iter().map(|finding| v1::Finding {
@@ -170,5 +187,24 @@ fn report(report: Report) -> v1::VerifyResponse {
         kind: finding.kind.as_str().to_owned(),
         message: finding.message,
     });
-    v1::VerifyResponse { chains: chains.collect(), findings: findings.collect() }
+    v1::VerifyResponse {
+        chains: chains.collect(),
+        findings: findings.collect(),
+        more_findings: report.more_findings,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::audit::InstanceReport;
+
+    #[test]
+    fn a_report_tells_what_was_lost_mended_and_left_out() {
+        let chain = InstanceReport { losses: 1, repairs: 2, torn_bytes: 3, ..InstanceReport::default() };
+        let told = report(Report { instances: vec![chain], more_findings: 4, ..Report::default() });
+        assert_eq!(told.more_findings, 4);
+        let [chain] = &told.chains[..] else { panic!("{told:?}") };
+        assert_eq!((chain.losses, chain.repairs, chain.torn_bytes), (1, 2, 3));
+    }
 }

@@ -75,13 +75,9 @@ pub(super) async fn router(
 ) -> Result<Router<Stack<Door, Identity>>, ServerError> {
     let secrets = secrets::Secrets::new(Arc::clone(broker), changes.clone());
     let tokens = tokens::TokenAdministration::new(Arc::clone(broker), changes.clone());
-    let policies = policies::PolicyQuestions::new(Arc::clone(broker));
+    let policies = policies::PolicyQuestions::new(Arc::clone(broker), changes.clone());
     let audit = audit::AuditReading::new(Arc::clone(broker), shutdown.clone());
     let (health, health_service) = tonic_health::server::health_reporter();
-    health.set_serving::<SecretServiceServer<secrets::Secrets>>().await;
-    health.set_serving::<PolicyServiceServer<policies::PolicyQuestions>>().await;
-    health.set_serving::<AuditServiceServer<audit::AuditReading>>().await;
-    health.set_serving::<TokenServiceServer<tokens::TokenAdministration>>().await;
     tokio::spawn(watch_health(health, Arc::clone(broker), shutdown));
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
@@ -103,6 +99,15 @@ pub(super) async fn router(
         .add_service(reflection))
 }
 
+/// The services whose health is told; the empty name is the broker as a whole. None serves without the audit log.
+const SERVICES: [&str; 5] = [
+    "",
+    "claviger.v1.SecretService",
+    "claviger.v1.PolicyService",
+    "claviger.v1.AuditService",
+    "claviger.v1.TokenService",
+];
+
 /// Says NOT_SERVING while the audit log can't be written, and once the broker was told to stop.
 async fn watch_health(
     health: tonic_health::server::HealthReporter,
@@ -120,8 +125,9 @@ async fn watch_health(
             true => tonic_health::ServingStatus::Serving,
             false => tonic_health::ServingStatus::NotServing,
         };
-        health.set_service_status("", status).await;
-        health.set_service_status("claviger.v1.SecretService", status).await;
+        for service in SERVICES {
+            health.set_service_status(service, status).await;
+        }
         if stopping {
             return;
         }

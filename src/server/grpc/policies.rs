@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use tonic::{Request, Response, Status};
 
-use super::secrets::answer;
-use super::{convert, rejected};
+use super::secrets::{Said, answer};
+use super::{Changes, convert, rejected};
 use crate::broker::{Broker, BrokerError};
 use crate::identity::{Principal, PrincipalKind, Proof};
 use crate::policy::Action;
@@ -15,11 +15,12 @@ use crate::proto::v1::{self, policy_service_server::PolicyService};
 /// The service.
 pub(super) struct PolicyQuestions {
     broker: Arc<Broker>,
+    changes: Changes,
 }
 
 impl PolicyQuestions {
-    pub(super) const fn new(broker: Arc<Broker>) -> Self {
-        Self { broker }
+    pub(super) const fn new(broker: Arc<Broker>, changes: Changes) -> Self {
+        Self { broker, changes }
     }
 }
 
@@ -30,7 +31,7 @@ impl PolicyService for PolicyQuestions {
             &self.broker,
             request,
             "check_policy",
-            |q| &q.reason,
+            |q| Said { reason: &q.reason, environment: &q.environment, name: &q.name },
             |call, q| {
                 let action = Action::parse(&q.action).map_err(|error| rejected(&error))?;
                 let resource = convert::resource(&q.environment, &q.name)?;
@@ -52,7 +53,7 @@ impl PolicyService for PolicyQuestions {
             &self.broker,
             request,
             "explain_policy",
-            |q| &q.reason,
+            |q| Said { reason: &q.reason, environment: &q.environment, name: &q.name },
             |call, q| {
                 let action = Action::parse(&q.action).map_err(|error| rejected(&error))?;
                 let resource = convert::resource(&q.environment, &q.name)?;
@@ -85,16 +86,17 @@ impl PolicyService for PolicyQuestions {
             &self.broker,
             request,
             "reload_policy",
-            |_| "",
+            |_| Said::default(),
             |call, _| {
-                Ok(async move {
-                    let reloaded = self.broker.reload_policy(&call).await?;
+                let broker = Arc::clone(&self.broker);
+                Ok(self.changes.run(async move {
+                    let reloaded = broker.reload_policy(&call).await?;
                     Ok(v1::ReloadResponse {
                         generation: reloaded.generation,
                         policies: i32::try_from(reloaded.policies).unwrap_or(i32::MAX),
                         warnings: reloaded.warnings,
                     })
-                })
+                }))
             },
         )
         .await

@@ -29,14 +29,28 @@ impl Secrets {
         &self,
         request: Request<Q>,
         operation: &'static str,
-        reason: impl FnOnce(&Q) -> &str,
+        said: impl FnOnce(&Q) -> Said<'_>,
         serve: impl FnOnce(Call, Q) -> Result<F, BrokerError>,
     ) -> Result<Response<A>, Status>
     where
         F: Future<Output = Result<A, BrokerError>>,
     {
-        answer(&self.broker, request, operation, reason, serve).await
+        answer(&self.broker, request, operation, said, serve).await
     }
+}
+
+/// What a message says before it is understood: the reason, and what it is about.
+#[derive(Default)]
+pub(super) struct Said<'a> {
+    pub(super) reason: &'a str,
+    pub(super) environment: &'a str,
+    pub(super) name: &'a str,
+}
+
+macro_rules! said {
+    () => {
+        |q| Said { reason: &q.reason, environment: &q.environment, name: &q.name }
+    };
 }
 
 /// As [`Secrets::answer`], for every service.
@@ -44,7 +58,7 @@ pub(super) async fn answer<Q, A, F>(
     broker: &Arc<Broker>,
     request: Request<Q>,
     operation: &'static str,
-    reason: impl FnOnce(&Q) -> &str,
+    said: impl FnOnce(&Q) -> Said<'_>,
     serve: impl FnOnce(Call, Q) -> Result<F, BrokerError>,
 ) -> Result<Response<A>, Status>
 where
@@ -52,7 +66,9 @@ where
 {
     let caller = request.extensions().get::<Caller>().cloned().ok_or_else(missing_caller)?;
     let message = request.into_inner();
-    let parsed = match convert::reason(reason(&message)) {
+    let Said { reason, environment, name } = said(&message);
+    let about = (environment.to_owned(), name.to_owned());
+    let parsed = match convert::reason(reason) {
         Ok(reason) => {
             let call = caller.call(reason);
             serve(call, message)
@@ -61,7 +77,10 @@ where
     };
     let answered = match parsed {
         Ok(serving) => serving.await,
-        Err(error) => Err(broker.record_rejected(&caller.call(""), operation, error).await),
+        Err(error) => {
+            let about = (about.0.as_str(), about.1.as_str());
+            Err(broker.record_rejected(&caller.call(""), operation, about, error).await)
+        }
     };
     answered.map(Response::new).map_err(|error| status(&error, &caller.request_id))
 }
@@ -72,26 +91,21 @@ impl SecretService for Secrets {
         &self,
         request: Request<v1::GetSecretRequest>,
     ) -> Result<Response<v1::GetSecretResponse>, Status> {
-        self.answer(
-            request,
-            "get",
-            |q| &q.reason,
-            |call, q| {
-                convert::no_approval(&q.approval_id)?;
-                let freshness = convert::freshness(q.refresh);
-                let read = convert::read(v1::SecretQuery {
-                    environment: q.environment,
-                    name: q.name,
-                    field: q.field,
-                    selector: q.selector,
-                    if_version_id: q.if_version_id,
-                })?;
-                Ok(async move {
-                    let disclosed = self.broker.get(&call, read, freshness).await?;
-                    Ok(v1::GetSecretResponse { secret: Some(convert::secret(disclosed)) })
-                })
-            },
-        )
+        self.answer(request, "get", said!(), |call, q| {
+            convert::no_approval(&q.approval_id)?;
+            let freshness = convert::freshness(q.refresh);
+            let read = convert::read(v1::SecretQuery {
+                environment: q.environment,
+                name: q.name,
+                field: q.field,
+                selector: q.selector,
+                if_version_id: q.if_version_id,
+            })?;
+            Ok(async move {
+                let disclosed = self.broker.get(&call, read, freshness).await?;
+                Ok(v1::GetSecretResponse { secret: Some(convert::secret(disclosed)) })
+            })
+        })
         .await
     }
 
@@ -102,7 +116,7 @@ impl SecretService for Secrets {
         self.answer(
             request,
             "batch_get",
-            |q| &q.reason,
+            |q| Said { reason: &q.reason, environment: &q.all_in_environment, name: "" },
             |call, q| {
                 convert::no_approval(&q.approval_id)?;
                 let freshness = convert::freshness(q.refresh);
@@ -147,7 +161,7 @@ impl SecretService for Secrets {
         self.answer(
             request,
             "list",
-            |q| &q.reason,
+            |q| Said { reason: &q.reason, environment: &q.environment, name: "" },
             |call, q| {
                 let environment = convert::environment(&q.environment)?;
                 let list = ListRequest {
@@ -177,25 +191,20 @@ impl SecretService for Secrets {
         &self,
         request: Request<v1::DescribeSecretRequest>,
     ) -> Result<Response<v1::DescribeSecretResponse>, Status> {
-        self.answer(
-            request,
-            "describe",
-            |q| &q.reason,
-            |call, q| {
-                let id = convert::secret_id(&q.environment, &q.name)?;
-                Ok(async move {
-                    let found = self.broker.describe(&call, id).await?;
-                    Ok(v1::DescribeSecretResponse {
-                        environment: q.environment,
-                        name: q.name,
-                        versions: found.versions.iter().map(convert::version).collect(),
-                        created_at: Some(convert::timestamp(found.created_at)),
-                        changed_at: Some(convert::timestamp(found.changed_at)),
-                        deletion_at: found.deletion_at.map(convert::timestamp),
-                    })
+        self.answer(request, "describe", said!(), |call, q| {
+            let id = convert::secret_id(&q.environment, &q.name)?;
+            Ok(async move {
+                let found = self.broker.describe(&call, id).await?;
+                Ok(v1::DescribeSecretResponse {
+                    environment: q.environment,
+                    name: q.name,
+                    versions: found.versions.iter().map(convert::version).collect(),
+                    created_at: Some(convert::timestamp(found.created_at)),
+                    changed_at: Some(convert::timestamp(found.changed_at)),
+                    deletion_at: found.deletion_at.map(convert::timestamp),
                 })
-            },
-        )
+            })
+        })
         .await
     }
 
@@ -203,38 +212,33 @@ impl SecretService for Secrets {
         &self,
         request: Request<v1::PutSecretRequest>,
     ) -> Result<Response<v1::PutSecretResponse>, Status> {
-        self.answer(
-            request,
-            "put",
-            |q| &q.reason,
-            |call, q| {
-                convert::no_approval(&q.approval_id)?;
-                let id = convert::secret_id(&q.environment, &q.name)?;
-                let expected = convert::optional_version_id(&q.expected_version_id)?;
-                let labels: Result<_, _> = q.labels.iter().map(|label| convert::label(label)).collect();
-                let put = Put {
-                    token: convert::version_id(&q.client_request_token)?,
-                    labels: labels?,
-                    expected: match (expected, q.must_not_exist) {
-                        (Some(_), true) => {
-                            return Err(convert::invalid(
-                                "expected_version_id and must_not_exist exclude each other",
-                            ));
-                        }
-                        (Some(version), false) => Some(Some(version)),
-                        (None, true) => Some(None),
-                        (None, false) => None,
-                    },
-                    value: convert::payload(q.payload)?,
-                };
-                let broker = Arc::clone(&self.broker);
-                Ok(self.changes.run(async move {
-                    let written = broker.put(&call, id, put, q.allow_empty).await?;
-                    let version = Some(convert::version(&written.version));
-                    Ok(v1::PutSecretResponse { version, changed: written.changed })
-                }))
-            },
-        )
+        self.answer(request, "put", said!(), |call, q| {
+            convert::no_approval(&q.approval_id)?;
+            let id = convert::secret_id(&q.environment, &q.name)?;
+            let expected = convert::optional_version_id(&q.expected_version_id)?;
+            let labels: Result<_, _> = q.labels.iter().map(|label| convert::label(label)).collect();
+            let put = Put {
+                token: convert::version_id(&q.client_request_token)?,
+                labels: labels?,
+                expected: match (expected, q.must_not_exist) {
+                    (Some(_), true) => {
+                        return Err(convert::invalid(
+                            "expected_version_id and must_not_exist exclude each other",
+                        ));
+                    }
+                    (Some(version), false) => Some(Some(version)),
+                    (None, true) => Some(None),
+                    (None, false) => None,
+                },
+                value: convert::payload(q.payload)?,
+            };
+            let broker = Arc::clone(&self.broker);
+            Ok(self.changes.run(async move {
+                let written = broker.put(&call, id, put, q.allow_empty).await?;
+                let version = Some(convert::version(&written.version));
+                Ok(v1::PutSecretResponse { version, changed: written.changed })
+            }))
+        })
         .await
     }
 
@@ -242,24 +246,19 @@ impl SecretService for Secrets {
         &self,
         request: Request<v1::MoveLabelRequest>,
     ) -> Result<Response<v1::MoveLabelResponse>, Status> {
-        self.answer(
-            request,
-            "move_label",
-            |q| &q.reason,
-            |call, q| {
-                let id = convert::secret_id(&q.environment, &q.name)?;
-                let change = LabelMove {
-                    label: convert::label(&q.label)?,
-                    from: convert::optional_version_id(&q.from_version_id)?,
-                    to: convert::optional_version_id(&q.to_version_id)?,
-                };
-                let broker = Arc::clone(&self.broker);
-                Ok(self.changes.run(async move {
-                    let changed = broker.move_label(&call, id, change).await?.changed;
-                    Ok(v1::MoveLabelResponse { changed })
-                }))
-            },
-        )
+        self.answer(request, "move_label", said!(), |call, q| {
+            let id = convert::secret_id(&q.environment, &q.name)?;
+            let change = LabelMove {
+                label: convert::label(&q.label)?,
+                from: convert::optional_version_id(&q.from_version_id)?,
+                to: convert::optional_version_id(&q.to_version_id)?,
+            };
+            let broker = Arc::clone(&self.broker);
+            Ok(self.changes.run(async move {
+                let changed = broker.move_label(&call, id, change).await?.changed;
+                Ok(v1::MoveLabelResponse { changed })
+            }))
+        })
         .await
     }
 
@@ -267,25 +266,20 @@ impl SecretService for Secrets {
         &self,
         request: Request<v1::RollbackSecretRequest>,
     ) -> Result<Response<v1::RollbackSecretResponse>, Status> {
-        self.answer(
-            request,
-            "rollback",
-            |q| &q.reason,
-            |call, q| {
-                convert::no_approval(&q.approval_id)?;
-                let id = convert::secret_id(&q.environment, &q.name)?;
-                let to = convert::optional_version_id(&q.to_version_id)?;
-                let expected = convert::optional_version_id(&q.expected_version_id)?;
-                let broker = Arc::clone(&self.broker);
-                Ok(self.changes.run(async move {
-                    let rolled = broker.rollback(&call, id, to, expected).await?;
-                    Ok(v1::RollbackSecretResponse {
-                        version: Some(convert::version(&rolled.version)),
-                        superseded_version_id: rolled.superseded.map(|id| id.to_string()).unwrap_or_default(),
-                    })
-                }))
-            },
-        )
+        self.answer(request, "rollback", said!(), |call, q| {
+            convert::no_approval(&q.approval_id)?;
+            let id = convert::secret_id(&q.environment, &q.name)?;
+            let to = convert::optional_version_id(&q.to_version_id)?;
+            let expected = convert::optional_version_id(&q.expected_version_id)?;
+            let broker = Arc::clone(&self.broker);
+            Ok(self.changes.run(async move {
+                let rolled = broker.rollback(&call, id, to, expected).await?;
+                Ok(v1::RollbackSecretResponse {
+                    version: Some(convert::version(&rolled.version)),
+                    superseded_version_id: rolled.superseded.map(|id| id.to_string()).unwrap_or_default(),
+                })
+            }))
+        })
         .await
     }
 
@@ -293,21 +287,16 @@ impl SecretService for Secrets {
         &self,
         request: Request<v1::DeleteSecretRequest>,
     ) -> Result<Response<v1::DeleteSecretResponse>, Status> {
-        self.answer(
-            request,
-            "delete",
-            |q| &q.reason,
-            |call, q| {
-                convert::no_approval(&q.approval_id)?;
-                let id = convert::secret_id(&q.environment, &q.name)?;
-                let window = recovery_window(q.recovery_window_days)?;
-                let broker = Arc::clone(&self.broker);
-                Ok(self.changes.run(async move {
-                    let until = broker.delete(&call, id, window).await?;
-                    Ok(v1::DeleteSecretResponse { deletion_at: Some(convert::timestamp(until)) })
-                }))
-            },
-        )
+        self.answer(request, "delete", said!(), |call, q| {
+            convert::no_approval(&q.approval_id)?;
+            let id = convert::secret_id(&q.environment, &q.name)?;
+            let window = recovery_window(q.recovery_window_days)?;
+            let broker = Arc::clone(&self.broker);
+            Ok(self.changes.run(async move {
+                let until = broker.delete(&call, id, window).await?;
+                Ok(v1::DeleteSecretResponse { deletion_at: Some(convert::timestamp(until)) })
+            }))
+        })
         .await
     }
 
@@ -315,20 +304,15 @@ impl SecretService for Secrets {
         &self,
         request: Request<v1::RestoreSecretRequest>,
     ) -> Result<Response<v1::RestoreSecretResponse>, Status> {
-        self.answer(
-            request,
-            "restore",
-            |q| &q.reason,
-            |call, q| {
-                convert::no_approval(&q.approval_id)?;
-                let id = convert::secret_id(&q.environment, &q.name)?;
-                let broker = Arc::clone(&self.broker);
-                Ok(self.changes.run(async move {
-                    broker.restore(&call, id).await?;
-                    Ok(v1::RestoreSecretResponse {})
-                }))
-            },
-        )
+        self.answer(request, "restore", said!(), |call, q| {
+            convert::no_approval(&q.approval_id)?;
+            let id = convert::secret_id(&q.environment, &q.name)?;
+            let broker = Arc::clone(&self.broker);
+            Ok(self.changes.run(async move {
+                broker.restore(&call, id).await?;
+                Ok(v1::RestoreSecretResponse {})
+            }))
+        })
         .await
     }
 }

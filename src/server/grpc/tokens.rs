@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tonic::{Request, Response, Status};
 
 use super::policies::principal_kind;
-use super::secrets::answer;
+use super::secrets::{Said, answer};
 use super::{Changes, convert};
 use crate::broker::Broker;
 use crate::identity::PrincipalKind;
@@ -36,7 +36,7 @@ impl TokenService for TokenAdministration {
             &self.broker,
             request,
             "create_token",
-            |q| &q.reason,
+            |q| Said { reason: &q.reason, ..Said::default() },
             |call, q| {
                 let subject = q.subject.ok_or_else(|| convert::invalid("subject: is missing"))?;
                 let token = TokenRequest {
@@ -66,7 +66,7 @@ impl TokenService for TokenAdministration {
             &self.broker,
             request,
             "list_tokens",
-            |_| "",
+            |_| Said::default(),
             |call, q| {
                 let limit = match usize::try_from(q.page_size) {
                     Ok(0) => MAX_PAGE,
@@ -100,7 +100,7 @@ impl TokenService for TokenAdministration {
             &self.broker,
             request,
             "revoke_token",
-            |q| &q.reason,
+            |q| Said { reason: &q.reason, ..Said::default() },
             |call, q| {
                 let broker = Arc::clone(&self.broker);
                 Ok(self.changes.run(async move {

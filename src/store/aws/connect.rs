@@ -2,9 +2,13 @@
 //!
 //! | what | from |
 //! |---|---|
-//! | endpoint | the broker's configuration alone. `AWS_ENDPOINT_URL` is not followed: where applications are pointed at this broker by it, the broker would ask itself |
+//! | endpoint, of Secrets Manager and of STS for `role_arn` | the broker's configuration alone, else the region's. `AWS_ENDPOINT_URL` and its kin are not followed: where applications are pointed at this broker by it, the broker would ask itself |
 //! | region | the configuration, else `AWS_REGION`, the shared profile, the instance metadata |
 //! | credentials | the default chain; with `role_arn`, what STS gives for them |
+//!
+//! One thing is not in this file's hands: sources within the default chain that themselves ask STS (a web identity
+//! token, a profile with a role of its own) are the SDK's, follow `AWS_ENDPOINT_URL` and `AWS_ENDPOINT_URL_STS`, and
+//! can't be told not to. Where one of them is used, neither variable may be set for the broker.
 
 use std::time::Duration;
 
@@ -16,8 +20,9 @@ use aws_config::meta::region::RegionProviderChain;
 use aws_config::profile::ProfileFileRegionProvider;
 use aws_config::provider_config::ProviderConfig;
 use aws_config::sts::AssumeRoleProvider;
-use aws_config::{BehaviorVersion, Region};
+use aws_config::{BehaviorVersion, Region, SdkConfig};
 use aws_credential_types::Credentials;
+use aws_credential_types::provider::SharedCredentialsProvider;
 use aws_sdk_secretsmanager::Client;
 use aws_sdk_secretsmanager::config::retry::{RetryConfig, RetryPartition};
 use aws_sdk_secretsmanager::config::timeout::TimeoutConfig;
@@ -101,55 +106,75 @@ pub(super) async fn from_surroundings(
         .http_client(http)
         .region(region)
         .credentials_provider(credentials)
-        .identity_cache(IdentityCache::lazy().load_timeout(CREDENTIALS_PATIENCE).build())
         .timeout_config(bounds.timeouts())
         .retry_config(bounds.retries())
         .load()
         .await;
-    let mut service = Builder::from(&loaded);
-    if let Some(role) = &settings.role_arn {
-        let session: String = format!("claviger-{environment}").chars().take(LONGEST_SESSION_NAME).collect();
-        let assumed =
-            AssumeRoleProvider::builder(role).configure(&loaded).session_name(session).build().await;
-        service = service.credentials_provider(assumed);
-    }
-    Ok(finish(service, environment, settings, &bounds))
+    Ok(client(&loaded, environment, settings, &bounds).await)
 }
 
-/// A client with these credentials and nothing from around the process.
-pub(super) fn with_credentials(
+/// A client with these credentials, or with what STS gives for them where a role is to be assumed, and nothing from
+/// around the process.
+pub(super) async fn with_credentials(
     environment: &EnvironmentName,
     settings: &AwsSettings,
     credentials: Credentials,
     bounds: &Bounds,
 ) -> Result<Client, StoreError> {
-    if settings.role_arn.is_some() {
-        return Err(StoreError::Invalid(format!(
-            "environments.{environment}.aws.role_arn: given credentials are used as they are; remove it"
-        )));
-    }
     let region = settings.region.clone().map(Region::new).ok_or_else(|| no_region(environment))?;
-    let service = Config::builder()
+    let mut given = SdkConfig::builder()
         .behavior_version(BehaviorVersion::latest())
         .http_client(https())
         .region(region)
-        .credentials_provider(credentials);
-    Ok(finish(service, environment, settings, bounds))
+        .credentials_provider(SharedCredentialsProvider::new(credentials));
+    // The SDK has its own type for the machine's clock, and gives one away with a configuration only.
+    given.set_time_source(Config::builder().build().time_source());
+    Ok(client(&given.build(), environment, settings, bounds).await)
 }
 
-fn finish(
-    service: Builder,
+/// Puts what the broker's configuration says on top of `base`, which says region, credentials and transport.
+async fn client(
+    base: &SdkConfig,
     environment: &EnvironmentName,
     settings: &AwsSettings,
     bounds: &Bounds,
 ) -> Client {
-    // A budget of retries per environment: an outage of one account must not use up another's.
-    let mut service = service
+    let mut service = Builder::from(base)
+        .identity_cache(IdentityCache::lazy().load_timeout(CREDENTIALS_PATIENCE).build())
         .timeout_config(bounds.timeouts())
         .retry_config(bounds.retries())
+        // A budget of retries per environment: an outage of one account must not use up another's.
         .retry_partition(RetryPartition::custom(environment.to_string()).build());
     service.set_endpoint_url(settings.endpoint.clone());
+    if let Some(role) = &settings.role_arn {
+        let session: String = format!("claviger-{environment}").chars().take(LONGEST_SESSION_NAME).collect();
+        let sts = for_sts(base, settings, bounds);
+        let assumed = AssumeRoleProvider::builder(role).configure(&sts).session_name(session).build().await;
+        service = service.credentials_provider(assumed);
+    }
     Client::from_conf(service.build())
+}
+
+/// What STS is asked with.
+///
+/// INVARIANT: made from nothing, so that it holds only what is named here. A configuration that was loaded brings along
+/// what `AWS_ENDPOINT_URL`, `AWS_ENDPOINT_URL_STS` and the shared profile say, and by it a role's credentials would be
+/// had from whomever they name, over plain HTTP too.
+fn for_sts(base: &SdkConfig, settings: &AwsSettings, bounds: &Bounds) -> SdkConfig {
+    let mut config = SdkConfig::builder();
+    config
+        .set_behavior_version(base.behavior_version())
+        .set_http_client(base.http_client())
+        .set_sleep_impl(base.sleep_impl())
+        .set_time_source(base.time_source())
+        .set_credentials_provider(base.credentials_provider())
+        .set_region(base.region().cloned())
+        .set_use_fips(base.use_fips())
+        .set_use_dual_stack(base.use_dual_stack())
+        .set_timeout_config(Some(bounds.timeouts()))
+        .set_retry_config(Some(bounds.retries()))
+        .set_endpoint_url(settings.sts_endpoint.clone());
+    config.build()
 }
 
 /// TLS through rustls on ring, with the machine's roots. Also speaks plain HTTP, which the registry of environments
@@ -207,25 +232,50 @@ mod tests {
         Credentials::new("id", "secret", None, None, "test")
     }
 
-    #[test]
-    fn a_client_without_a_region_is_refused() {
+    #[tokio::test]
+    async fn a_client_without_a_region_is_refused() {
         let error =
-            with_credentials(&environment(), &AwsSettings::default(), credentials(), &Bounds::default());
+            with_credentials(&environment(), &AwsSettings::default(), credentials(), &Bounds::default())
+                .await;
         assert_eq!(error.unwrap_err().reason(), Reason::InvalidArgument);
     }
 
-    #[test]
-    fn the_configuration_decides_where_calls_go() {
+    #[tokio::test]
+    async fn the_configuration_decides_where_calls_go() {
         let settings = AwsSettings {
             region: Some("eu-central-1".to_owned()),
             endpoint: Some("http://127.0.0.1:1".to_owned()),
             ..AwsSettings::default()
         };
-        let client = with_credentials(&environment(), &settings, credentials(), &Bounds::default()).unwrap();
+        let client =
+            with_credentials(&environment(), &settings, credentials(), &Bounds::default()).await.unwrap();
         assert_eq!(client.config().region(), Some(&Region::new("eu-central-1")));
         let retries = client.config().retry_config().unwrap();
         assert_eq!(retries.max_attempts(), 3);
         let timeouts = client.config().timeout_config().unwrap();
         assert_eq!(timeouts.operation_timeout(), Some(Duration::from_secs(15)));
+    }
+
+    #[tokio::test]
+    async fn sts_is_asked_where_the_configuration_says_and_nowhere_else() {
+        let loaded = aws_config::defaults(BehaviorVersion::latest())
+            .http_client(https())
+            .region(Region::new("eu-central-1"))
+            .credentials_provider(credentials())
+            .use_fips(true)
+            .endpoint_url("http://198.51.100.1")
+            .load()
+            .await;
+        assert!(loaded.service_config().is_some(), "which is what reads AWS_ENDPOINT_URL_STS");
+
+        let sts = for_sts(&loaded, &AwsSettings::default(), &Bounds::default());
+        assert!(sts.endpoint_url().is_none() && sts.service_config().is_none());
+        assert!(sts.credentials_provider().is_some() && sts.time_source().is_some());
+        assert_eq!((sts.region(), sts.use_fips()), (loaded.region(), Some(true)));
+        assert_eq!(sts.timeout_config().unwrap().operation_timeout(), Some(Duration::from_secs(15)));
+
+        let endpoint = "https://sts.example.com";
+        let settings = AwsSettings { sts_endpoint: Some(endpoint.to_owned()), ..AwsSettings::default() };
+        assert_eq!(for_sts(&loaded, &settings, &Bounds::default()).endpoint_url(), Some(endpoint));
     }
 }

@@ -70,12 +70,12 @@ impl Aws {
         Ok(Self { environment, names, client, clock })
     }
 
-    /// Prepares to ask AWS with given credentials, as tests and tools want it; nothing is taken from around the
-    /// process.
+    /// Prepares to ask AWS with given credentials, or with those of a role that is to be assumed with them, as tests and
+    /// tools want it; nothing is taken from around the process. Asks nothing yet.
     ///
     /// # Errors
-    /// As [`connect`](Self::connect); also where a role is to be assumed.
-    pub fn with_credentials(
+    /// As [`connect`](Self::connect).
+    pub async fn with_credentials(
         environment: EnvironmentName,
         settings: &AwsSettings,
         credentials: Credentials,
@@ -83,7 +83,7 @@ impl Aws {
         clock: SharedClock,
     ) -> Result<Self, StoreError> {
         let names = names_of(&environment, settings)?;
-        let client = connect::with_credentials(&environment, settings, credentials, bounds)?;
+        let client = connect::with_credentials(&environment, settings, credentials, bounds).await?;
         Ok(Self { environment, names, client, clock })
     }
 
@@ -183,12 +183,12 @@ mod tests {
             region: Some("eu-central-1".to_owned()),
             // Nothing listens on port 9 of loopback, and nothing here gets that far.
             endpoint: Some("http://127.0.0.1:9".to_owned()),
-            role_arn: None,
             name_template: template.map(ToOwned::to_owned),
+            ..AwsSettings::default()
         }
     }
 
-    fn aws(template: Option<&str>) -> Result<Aws, StoreError> {
+    async fn aws(template: Option<&str>) -> Result<Aws, StoreError> {
         let credentials = Credentials::new("id", "canary-5f3a", None, None, "test");
         let environment = EnvironmentName::parse("production").unwrap();
         Aws::with_credentials(
@@ -198,11 +198,12 @@ mod tests {
             &Bounds::default(),
             SystemClock::shared(),
         )
+        .await
     }
 
     #[tokio::test]
     async fn another_environment_is_not_served() {
-        let aws = aws(None).unwrap();
+        let aws = aws(None).await.unwrap();
         let id = SecretId::parse("staging", "database").unwrap();
         let error = aws.get(&id, &Selector::CURRENT, Freshness::Cached).await.unwrap_err();
         assert_eq!(error.reason(), Reason::InvalidArgument);
@@ -210,14 +211,15 @@ mod tests {
         assert!(aws.list(&id.environment, &ListRequest::default()).await.is_err());
     }
 
-    #[test]
-    fn an_ambiguous_template_is_refused_at_once() {
-        assert_eq!(aws(Some("{environment}{name}")).unwrap_err().reason(), Reason::InvalidArgument);
+    #[tokio::test]
+    async fn an_ambiguous_template_is_refused_at_once() {
+        let error = aws(Some("{environment}{name}")).await.unwrap_err();
+        assert_eq!(error.reason(), Reason::InvalidArgument);
     }
 
-    #[test]
-    fn debug_shows_no_credentials() {
-        assert!(!format!("{:?}", aws(None).unwrap()).contains("canary"));
+    #[tokio::test]
+    async fn debug_shows_no_credentials() {
+        assert!(!format!("{:?}", aws(None).await.unwrap()).contains("canary"));
     }
 
     #[test]

@@ -55,15 +55,19 @@ impl Aws {
         // labels in one further call, which a retry finds its way to whatever happens in between.
         let at_once = labels.of(&put.token) == [Label::Current];
         let (text, binary) = if at_once { on_the_wire(&put.value) } else { (None, None) };
+        let name = self.name_in_aws(id)?;
         let asked = self
             .client
             .create_secret()
-            .name(self.name_in_aws(id)?)
+            .name(&name)
             .client_request_token(put.token.as_str())
             .set_secret_string(text)
             .set_secret_binary(binary)
             .send()
             .await;
+        if asked.is_ok() && ends_like_an_arn(&name) {
+            warn_of_partial_arns(id);
+        }
         match asked.map_err(Failure::from) {
             Ok(_) if at_once => Ok(Some(self.written(put, &empty.labels, &labels))),
             Ok(_) => self.write_version(id, put, &empty).await.map(Some),
@@ -238,6 +242,22 @@ fn check_expected(id: &SecretId, put: &Put, seen: &Seen) -> Result<(), StoreErro
     }
 }
 
+/// Whether a name ends as the ARNs of all secrets do: with a hyphen and six characters of AWS's choice (AWS Secrets
+/// Manager, `CreateSecret`, `Name`).
+fn ends_like_an_arn(name: &str) -> bool {
+    name.rsplit_once('-')
+        .is_some_and(|(_, end)| end.len() == 6 && end.bytes().all(|byte| byte.is_ascii_alphanumeric()))
+}
+
+fn warn_of_partial_arns(id: &SecretId) {
+    tracing::warn!(
+        environment = %id.environment,
+        secret = %id.name,
+        "the secret's name ends like an ARN, with a hyphen and six characters: elsewhere, a partial ARN of it is \
+         ambiguous, so ask there by its full ARN; this broker always asks by full name"
+    );
+}
+
 /// The labels to ask for. INVARIANT: never none, for which AWS would promote the version.
 fn stages(labels: &Labels, token: &VersionId) -> Vec<String> {
     labels.of(token).iter().map(ToString::to_string).collect()
@@ -298,6 +318,25 @@ mod tests {
         assert_eq!(check(Some(None), &current(1)), Err(Reason::Conflict));
         assert_eq!(check(Some(Some(version(1))), &empty), Err(Reason::Conflict));
         assert_eq!(check(Some(Some(version(2))), &current(1)), Err(Reason::Conflict));
+    }
+
+    #[test]
+    fn names_that_end_like_arns_are_known() {
+        for like in ["db-abc123", "db-AbCdEf", "production/db-000000", "-abc123", "a-b-secret"] {
+            assert!(ends_like_an_arn(like), "{like}");
+        }
+        for unlike in [
+            "db",
+            "db-abc12",
+            "db-abc1234",
+            "dbabc123",
+            "db-abc123/key",
+            "db-ab/123",
+            "db-ab_123",
+            "db_abc123",
+        ] {
+            assert!(!ends_like_an_arn(unlike), "{unlike}");
+        }
     }
 
     #[test]

@@ -2,14 +2,14 @@
 
 use jiff::Timestamp;
 
-use super::record::{SecretRecord, VersionRecord};
+use super::record::{SecretRecord, ValueTag, VersionRecord};
 use super::root::Root;
 use super::rules::{self, Plan};
 use super::{
     ATTEMPTS, Sealed, Stored, contended, keys, no_random_bytes, refused, root_of, tampered, the_record,
     unavailable,
 };
-use crate::crypto::Mac;
+use crate::crypto::{CryptoError, Mac};
 use crate::kv::{Compare, Revision, Transaction, Write};
 use crate::secret::{LabelMove, SecretId, SecretValue, VersionId};
 use crate::store::{Order, Put, StoreError, Written};
@@ -86,8 +86,8 @@ struct Change<'a> {
     next: Option<&'a SecretRecord>,
     /// The versions whose values go.
     dropped: Vec<VersionId>,
-    /// The value of the last version, where that is new.
-    value: Option<&'a SecretValue>,
+    /// The write of the last version's value, where that is new.
+    value: Option<Write>,
 }
 
 impl Sealed {
@@ -109,7 +109,8 @@ impl Sealed {
                 });
             };
             next.generation = before.root.generation + 1;
-            let change = Change { next: Some(&next), dropped: plan.dropped, value: request.value() };
+            let value = self.sealed(id, &mut next, request.value())?;
+            let change = Change { next: Some(&next), dropped: plan.dropped, value };
             if let Some(revision) = self.commit(id, &before, change).await? {
                 return Ok(Done { record: next, superseded, revision, changed: true });
             }
@@ -117,16 +118,21 @@ impl Sealed {
         Err(contended(&id.environment))
     }
 
-    /// Removes a secret that is gone, record and values; whether it did. Where it lost a race, the name is in use
-    /// again.
+    /// Removes a secret that is gone, record and values; `false` where there is none, or the name is in use again.
     pub(super) async fn remove(&self, id: &SecretId) -> Result<bool, StoreError> {
+        self.verified(&id.environment).await?;
         let _writer = self.writer.lock().await;
-        let before = self.before(id).await?;
-        let now = self.clock.now();
-        let Some(record) = before.record().filter(|record| record.is_gone(now)) else { return Ok(false) };
-        let dropped = record.versions.iter().map(|version| version.id.clone()).collect();
-        let removal = Change { next: None, dropped, value: None };
-        Ok(self.commit(id, &before, removal).await?.is_some())
+        for _ in 0..ATTEMPTS {
+            let before = self.before(id).await?;
+            let now = self.clock.now();
+            let Some(record) = before.record().filter(|record| record.is_gone(now)) else { return Ok(false) };
+            let dropped = record.versions.iter().map(|version| version.id.clone()).collect();
+            let removal = Change { next: None, dropped, value: None };
+            if self.commit(id, &before, removal).await?.is_some() {
+                return Ok(true);
+            }
+        }
+        Err(contended(&id.environment))
     }
 
     async fn before(&self, id: &SecretId) -> Result<Before, StoreError> {
@@ -176,13 +182,13 @@ impl Sealed {
         let (record_key, root_key) = (keys::record(id), keys::root(&id.environment));
         let mut write: Vec<Write> =
             change.dropped.iter().map(|version| Write::delete(keys::value(id, version))).collect();
+        write.extend(change.value);
         let mac = match change.next {
             None => {
                 write.push(Write::delete(record_key.clone()));
                 None
             }
             Some(next) => {
-                write.extend(self.sealed(id, next, change.value)?);
                 let (stored, mac) = next
                     .encode(&self.meta.integrity, id)
                     .map_err(|error| StoreError::Invalid(format!("{}: {error}", the_record(id))))?;
@@ -190,33 +196,38 @@ impl Sealed {
                 Some(mac)
             }
         };
-        let root = before
-            .root
-            .after(&self.meta.integrity, before.mac(), mac.as_ref())
+        let root = before.root.after(&self.meta.integrity, before.mac(), mac.as_ref());
+        let stored = root
             .encode(&self.meta.integrity, &id.environment)
             .map_err(|error| no_random_bytes(&id.environment, &error))?;
-        write.push(Write::put(root_key.clone(), root));
+        write.push(Write::put(root_key.clone(), stored));
         let compare = vec![
             Compare::ModRevision(record_key, before.stored.as_ref().map_or(0, |stored| stored.revision)),
             Compare::ModRevision(root_key, before.root_revision),
         ];
         let outcome =
             self.kv.commit(Transaction { compare, write }).await.map_err(unavailable(&id.environment))?;
-        Ok(outcome.succeeded.then_some(outcome.revision))
+        if !outcome.succeeded {
+            return Ok(None);
+        }
+        self.progress.note(&id.environment, root.generation);
+        Ok(Some(outcome.revision))
     }
 
-    /// The write of a new version's value; the new version is the last of `record`.
+    /// The write of a new version's value; the new version is the last of `record`, and gets the value's tag.
     fn sealed(
         &self,
         id: &SecretId,
-        record: &SecretRecord,
+        record: &mut SecretRecord,
         value: Option<&SecretValue>,
     ) -> Result<Option<Write>, StoreError> {
-        let Some((version, value)) = record.versions.last().zip(value) else { return Ok(None) };
+        let Some((version, value)) = record.versions.last_mut().zip(value) else { return Ok(None) };
         let sealed = self
             .root_key
             .seal(&self.slot(id, version), value)
             .map_err(|error| refused(id, &version.id, &error))?;
+        version.tag =
+            ValueTag::of(&sealed).ok_or_else(|| refused(id, &version.id, &CryptoError::Malformed))?;
         Ok(Some(Write::put(keys::value(id, &version.id), sealed)))
     }
 }

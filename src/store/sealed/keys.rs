@@ -16,10 +16,12 @@ use crate::secret::{EnvironmentName, SecretId, SecretName, VersionId};
 pub(super) const ALL: &[u8] = b"sealed/";
 /// The store's own record.
 pub(super) const META: &[u8] = b"sealed/meta";
+/// What the keys of all environments' roots start with.
+pub(super) const ROOTS: &[u8] = b"sealed/r/";
 
 /// The key of an environment's root.
 pub(super) fn root(environment: &EnvironmentName) -> Vec<u8> {
-    format!("sealed/r/{environment}").into_bytes()
+    [ROOTS, environment.as_str().as_bytes()].concat()
 }
 
 /// What the keys of an environment's records start with; and, with a prefix of names appended, those of the secrets
@@ -36,6 +38,11 @@ pub(super) fn record(id: &SecretId) -> Vec<u8> {
 /// The key of a version's value.
 pub(super) fn value(id: &SecretId, version: &VersionId) -> Vec<u8> {
     format!("sealed/v/{}/{}\0{version}", id.environment, id.name).into_bytes()
+}
+
+/// The environment whose root has this key; `None` where the key is not one that [`root`] makes.
+pub(super) fn environment(key: &[u8]) -> Option<EnvironmentName> {
+    EnvironmentName::parse(std::str::from_utf8(key.strip_prefix(ROOTS)?).ok()?).ok()
 }
 
 /// The secret whose record has this key; `None` where the key is not one that [`record`] makes.
@@ -77,5 +84,15 @@ mod tests {
         assert_eq!(secret(&other, &record(&id)), None);
         assert_eq!(secret(&id.environment, b"sealed/s/pr-1/a//b"), None);
         assert_eq!(secret(&id.environment, b"sealed/s/pr-1/\xff"), None);
+    }
+
+    #[test]
+    fn a_roots_key_names_its_environment() {
+        let name = EnvironmentName::parse("pr-1").unwrap();
+        assert_eq!(root(&name), b"sealed/r/pr-1");
+        assert_eq!(environment(&root(&name)), Some(name));
+        for other in [b"sealed/r/".as_slice(), b"sealed/r/a/b", b"sealed/r/\xff", b"sealed/s/a", META] {
+            assert_eq!(environment(other), None, "{other:?}");
+        }
     }
 }

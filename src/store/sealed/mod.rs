@@ -4,7 +4,7 @@
 //!   put ─▶ read record and root ─▶ rules ─▶ seal the value ─▶ one transaction: value, record, root
 //!               ▲                                                   │ compared with what was read
 //!               └───────────────── changed meanwhile ◀──────────────┘
-//!   get ─▶ read record, check its MAC ─▶ label or id ─▶ read the value, open it for this very slot
+//!   get ─▶ read record, check its MAC ─▶ label or id ─▶ read the value, compare its tag, open it for this very slot
 //! ```
 //!
 //! | file | holds |
@@ -16,18 +16,20 @@
 //! | `rules` | what a request makes of a secret |
 //! | `change` | how that is committed |
 //! | `verify` | whether an environment's records add up |
+//! | `progress` | how far the store has come |
 //!
-//! What an intruder who can write the key-value store can't do unnoticed: change, move or swap a value or a record
-//! (found when it is read); remove a record, add one that was removed, or bring an older one back (found when the
-//! environment is first used after the broker's start, and then all of it is refused). What this module can't see is
-//! an environment brought back whole, records and root together, or removed whole; the audit log's checkpoints know
-//! how far the store had come.
+//! What an intruder who can write the key-value store can't do unnoticed: change, move or swap a value or a record,
+//! or bring back an older value of a version id that was used again (found when it is read); remove a record, add one
+//! that was removed, or bring an older one back (found when the environment is first used after the broker's start,
+//! and then all of it is refused). What this module can't see is an environment brought back whole, records and root
+//! together, or removed whole; the audit log's checkpoints know how far the store had come ([`Sealed::generation`]).
 //!
 //! Wiping: values are opened into buffers that wipe themselves, and the key-value layer sees ciphertext alone.
 
 mod change;
 mod keys;
 mod meta;
+mod progress;
 mod record;
 mod root;
 mod rules;
@@ -45,7 +47,8 @@ use tokio::sync::Mutex;
 
 use self::change::Request;
 use self::meta::Meta;
-use self::record::{RecordError, SecretRecord, VersionRecord};
+use self::progress::Progress;
+use self::record::{RecordError, SecretRecord, ValueTag, VersionRecord};
 use self::root::Root;
 use self::verify::{Records, Verified};
 use super::{
@@ -74,6 +77,7 @@ pub struct Sealed {
     /// One change at a time within this process, which spares it most lost races. Correctness is the transactions'.
     writer: Mutex<()>,
     verified: Verified,
+    progress: Progress,
 }
 
 impl Sealed {
@@ -81,7 +85,7 @@ impl Sealed {
     ///
     /// # Errors
     /// [`StoreError::WrongKey`] where it was made under another root key; [`StoreError::Tampered`] where its own
-    /// record is missing or was changed; [`StoreError::NotOpened`].
+    /// record is missing or was changed, or an environment's root was changed; [`StoreError::NotOpened`].
     pub async fn open(
         kv: Arc<dyn Kv>,
         root_key: Arc<RootKey>,
@@ -91,25 +95,49 @@ impl Sealed {
             Some(entry) => open_meta(&root_key, &entry)?,
             None => create_meta(kv.as_ref(), &root_key).await?,
         };
-        Ok(Self { kv, root_key, clock, meta, writer: Mutex::default(), verified: Verified::default() })
+        let progress = Progress::read(kv.as_ref(), &meta.integrity).await?;
+        let (writer, verified) = (Mutex::default(), Verified::default());
+        Ok(Self { kv, root_key, clock, meta, writer, verified, progress })
     }
 
-    /// Removes what is left of secrets whose recovery window is over: records and values. Until then they are
-    /// invisible but still there, sealed. Returns how many secrets were removed.
+    /// How many changes the store holds: the sum of the generations of all environments' roots, from roots whose MACs
+    /// were verified and from nothing else. Each committed change of a secret adds one, a purge too; what fails, or
+    /// finds its work done, adds none. It never shrinks while the store is open.
+    ///
+    /// This is what the audit log's checkpoints vouch for. A store brought back from the past as a whole is authentic
+    /// throughout, but opens with a number smaller than the one that the log last wrote down; compare them before the
+    /// first change. Where several brokers change one store, it is what this one has seen of it, and never more than
+    /// was committed.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.progress.total()
+    }
+
+    /// The secrets whose recovery window is over and whose remains, records and values, are still there: invisible,
+    /// and sealed. [`purge`](Self::purge) removes them.
     ///
     /// # Errors
     /// As the methods of [`Store`].
-    pub async fn purge(&self, environment: &EnvironmentName) -> Result<usize, StoreError> {
+    pub async fn gone(&self, environment: &EnvironmentName) -> Result<Vec<SecretId>, StoreError> {
         self.verified(environment).await?;
         let now = self.clock.now();
         let mut records = Records::of(self, environment, "", &[]);
-        let mut removed = 0;
+        let mut gone = Vec::new();
         while let Some((id, entry)) = records.next().await? {
             if self.decode(&id, &entry)?.record.is_gone(now) {
-                removed += usize::from(self.remove(&id).await?);
+                gone.push(id);
             }
         }
-        Ok(removed)
+        Ok(gone)
+    }
+
+    /// Removes for good what is left of a secret whose recovery window is over: record and values. `false` where there
+    /// was nothing to do: no remains, a window that is not over, or a name that is in use again.
+    ///
+    /// # Errors
+    /// As the methods of [`Store`].
+    pub async fn purge(&self, id: &SecretId) -> Result<bool, StoreError> {
+        self.remove(id).await
     }
 
     /// An environment's root, and the revision that wrote it; 0 where there is none yet.
@@ -118,6 +146,7 @@ impl Sealed {
         let Some(entry) = entry else { return Ok((Root::default(), 0)) };
         let root = Root::decode(&self.meta.integrity, environment, &entry.value)
             .ok_or_else(|| tampered(root_of(environment)))?;
+        self.progress.note(environment, root.generation);
         Ok((root, entry.mod_revision))
     }
 
@@ -147,8 +176,10 @@ impl Sealed {
     ) -> Result<Option<SecretValue>, StoreError> {
         let entry = self.kv.get(&keys::value(id, &version.id)).await.map_err(unavailable(&id.environment))?;
         let opened = match entry {
-            Some(entry) => self.root_key.open(&self.slot(id, version), &entry.value),
-            None => Err(CryptoError::Tampered),
+            Some(entry) if ValueTag::of(&entry.value) == Some(version.tag) => {
+                self.root_key.open(&self.slot(id, version), &entry.value)
+            }
+            Some(_) | None => Err(CryptoError::Tampered),
         };
         match opened {
             Ok(value) => Ok(Some(value)),
@@ -214,7 +245,8 @@ impl Store for Sealed {
         answers
     }
 
-    /// A version id that was pruned may be used again, with any value: nothing remembers it.
+    /// The id of a version that was pruned, or went with its secret, may be used again with any value: no record
+    /// remembers it. The old bytes don't come back with it; the new version's record names the tag of the new ones.
     async fn put(&self, id: &SecretId, put: Put) -> Result<Written, StoreError> {
         let done = self.change(id, &Request::Put(&put)).await?;
         let version = done.record.version(&put.token);

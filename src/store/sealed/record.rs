@@ -5,12 +5,15 @@
 //!      0     32  MAC of environment, name and the JSON
 //!     32      …  JSON: {"generation":7,"created_at":"…","changed_at":"…","deletion_at":"…",
 //!                       "labels":{"AWSCURRENT":"<version id>",…},
-//!                       "versions":[{"id":"…","content_type":"text","created_at":"…"},…]}     oldest first
+//!                       "versions":[{"id":"…","content_type":"text","created_at":"…","tag":"…"},…]}
 //! ```
+//!
+//! The versions stand oldest first.
 //!
 //! The generation is that of the environment's root whose transaction wrote the record, so it never repeats in an
 //! environment, not even where a name is used again.
 
+use data_encoding::BASE64_NOPAD;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -41,6 +44,38 @@ pub(super) struct VersionRecord {
     #[serde(with = "content_type")]
     pub(super) content_type: ContentType,
     pub(super) created_at: Timestamp,
+    /// Of the value; the default until that is sealed.
+    pub(super) tag: ValueTag,
+}
+
+/// The authentication tag of a value's ciphertext: what the sealed value ends with (crypto/envelope.rs).
+///
+/// Sealing the same value again gives another tag, so a record fits the bytes that were sealed with it and none that
+/// an earlier version of the same id left behind. Wrapping the data key anew leaves the tag alone.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub(super) struct ValueTag([u8; 16]);
+
+impl ValueTag {
+    /// The tag of a sealed value; `None` where the bytes are too few to be one.
+    pub(super) fn of(sealed: &[u8]) -> Option<Self> {
+        sealed.last_chunk::<16>().copied().map(Self)
+    }
+}
+
+impl From<ValueTag> for String {
+    fn from(tag: ValueTag) -> Self {
+        BASE64_NOPAD.encode(&tag.0)
+    }
+}
+
+impl TryFrom<String> for ValueTag {
+    type Error = &'static str;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        let bytes = BASE64_NOPAD.decode(text.as_bytes()).unwrap_or_default();
+        <[u8; 16]>::try_from(bytes).map(Self).map_err(|_| "a value's tag is 16 bytes in base64")
+    }
 }
 
 /// Why stored bytes are no record.
@@ -152,11 +187,17 @@ mod tests {
         let version = VersionId::parse(&"1".repeat(32)).unwrap();
         let labels =
             Labels::default().put(&version, &[Label::Current, Label::parse("stable").unwrap()]).unwrap();
+        let tag = ValueTag([0xab; 16]);
         SecretRecord {
             generation: 7,
             deletion_at: Some(now),
             labels,
-            versions: vec![VersionRecord { id: version, content_type: ContentType::Binary, created_at: now }],
+            versions: vec![VersionRecord {
+                id: version,
+                content_type: ContentType::Binary,
+                created_at: now,
+                tag,
+            }],
             ..SecretRecord::new(now)
         }
     }
@@ -201,9 +242,24 @@ mod tests {
         let expected = format!(
             "{{\"generation\":7,\"created_at\":\"{time}\",\"changed_at\":\"{time}\",\"deletion_at\":\"{time}\",\
              \"labels\":{{\"AWSCURRENT\":\"{version}\",\"stable\":\"{version}\"}},\
-             \"versions\":[{{\"id\":\"{version}\",\"content_type\":\"binary\",\"created_at\":\"{time}\"}}]}}"
+             \"versions\":[{{\"id\":\"{version}\",\"content_type\":\"binary\",\"created_at\":\"{time}\",\
+             \"tag\":\"q6urq6urq6urq6urq6urqw\"}}]}}"
         );
         assert_eq!(String::from_utf8(stored[32..].to_vec()).unwrap(), expected);
+    }
+
+    #[test]
+    fn a_tag_is_the_last_16_bytes_and_survives_its_text() {
+        let sealed: Vec<u8> = (0..40).collect();
+        let tag = ValueTag::of(&sealed).unwrap();
+        assert_eq!(Some(tag), ValueTag::of(&sealed[24..]));
+        assert_ne!(Some(tag), ValueTag::of(&sealed[..39]));
+        assert_eq!(ValueTag::of(&sealed[25..]), None);
+        assert_eq!(ValueTag::try_from(String::from(tag)), Ok(tag));
+        for text in ["", "q6urq6urq6urq6urq6ur", "q6urq6urq6urq6urq6urqw==", "q6urq6urq6urq6urq6urq6ur", "!"]
+        {
+            assert!(ValueTag::try_from(text.to_owned()).is_err(), "{text}");
+        }
     }
 
     #[test]

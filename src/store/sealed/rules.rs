@@ -11,7 +11,7 @@ use std::collections::BTreeSet;
 
 use jiff::{SignedDuration, Timestamp};
 
-use super::record::{SecretRecord, VersionRecord};
+use super::record::{SecretRecord, ValueTag, VersionRecord};
 use crate::secret::{Label, LabelMove, SecretId, Selector, VersionId};
 use crate::store::{Put, StoreError};
 
@@ -27,7 +27,8 @@ const MOST_VERSIONS: usize = 10_000;
 /// What is to be done.
 #[derive(Debug, PartialEq)]
 pub(super) struct Plan {
-    /// What the record becomes; `None`: the request finds its work done.
+    /// What the record becomes, but for its generation and the tag of a new value; `None`: the request finds its work
+    /// done.
     pub(super) next: Option<SecretRecord>,
     /// The versions whose values go.
     pub(super) dropped: Vec<VersionId>,
@@ -72,6 +73,7 @@ pub(super) fn put(
         id: put.token.clone(),
         content_type: put.value.content_type(),
         created_at: now,
+        tag: ValueTag::default(),
     });
     let dropped = match record {
         Some(record) if before.is_none() => left_behind(record, &put.token),

@@ -53,6 +53,16 @@ impl Machine {
         assert!(self.kv.commit(Transaction { compare: vec![], write }).await.unwrap().succeeded);
     }
 
+    /// Makes the whole store what it was, as someone could who has kept an old copy of its file.
+    async fn bring_back(&self, past: &[Entry]) {
+        for entry in self.everything().await {
+            self.overwrite(&entry.key, None).await;
+        }
+        for entry in past {
+            self.overwrite(&entry.key, Some(&entry.value)).await;
+        }
+    }
+
     async fn swap(&self, one: &[u8], other: &[u8]) {
         let (first, second) = (self.stored(one).await.unwrap(), self.stored(other).await.unwrap());
         self.overwrite(one, Some(&second)).await;
@@ -316,8 +326,12 @@ async fn purging_removes_what_is_gone_and_that_alone() {
     machine.pass(7);
     let record = machine.stored(&keys::record(&gone)).await.unwrap();
 
-    assert_eq!(store.purge(&environment("production")).await.unwrap(), 1);
-    assert_eq!(store.purge(&environment("production")).await.unwrap(), 0);
+    let absent = id("production", "d");
+    assert_eq!(store.gone(&environment("production")).await.unwrap(), [gone.clone()]);
+    for (id, purged) in [(&deleted, false), (&live, false), (&absent, false), (&gone, true), (&gone, false)] {
+        assert_eq!(store.purge(id).await.unwrap(), purged, "{id}");
+    }
+    assert!(store.gone(&environment("production")).await.unwrap().is_empty());
     assert_eq!(machine.stored(&keys::record(&gone)).await, None);
     assert_eq!(machine.stored(&keys::value(&gone, &version(0))).await, None);
     assert_eq!(read(&machine.start().await, &live).await.unwrap(), "value");
@@ -329,6 +343,40 @@ async fn purging_removes_what_is_gone_and_that_alone() {
         Err(Reason::Tampered),
         "what was removed came back"
     );
+}
+
+#[tokio::test]
+async fn a_name_that_is_in_use_again_is_not_purged() {
+    let machine = Machine::new().await;
+    let store = machine.start().await;
+    let id = id("production", "database");
+    store.put(&id, request(1, "old")).await.unwrap();
+    store.delete(&id, RecoveryWindow::days(7).unwrap()).await.unwrap();
+    machine.pass(7);
+    assert_eq!(store.gone(&id.environment).await.unwrap(), [id.clone()]);
+    store.put(&id, request(2, "new")).await.unwrap();
+    assert!(!store.purge(&id).await.unwrap());
+    assert_eq!(read(&store, &id).await.unwrap(), "new");
+}
+
+#[tokio::test]
+async fn purges_that_race_with_writers_remove_each_secret_once() {
+    let machine = Machine::new().await;
+    let stores = [machine.start().await, machine.start().await];
+    let ids: Vec<_> = (0..6).map(|number| id("production", &format!("secret-{number}"))).collect();
+    for (number, id) in ids.iter().enumerate() {
+        stores[0].put(id, request(number, "value")).await.unwrap();
+        stores[0].delete(id, RecoveryWindow::days(7).unwrap()).await.unwrap();
+    }
+    machine.pass(7);
+    let live = id("production", "live");
+    let purges = ids.iter().flat_map(|id| stores.iter().map(move |store| store.purge(id)));
+    let puts = (10..14).map(|number| stores[number % 2].put(&live, request(number, "value")));
+    let (purged, written) = futures_util::future::join(join_all(purges), join_all(puts)).await;
+    assert_eq!(purged.into_iter().filter(|purged| *purged.as_ref().unwrap()).count(), ids.len());
+    assert!(written.iter().all(Result::is_ok));
+    assert!(stores[1].gone(&live.environment).await.unwrap().is_empty());
+    assert_eq!(read(&machine.start().await, &live).await.unwrap(), "value");
 }
 
 #[tokio::test]
@@ -452,6 +500,154 @@ async fn a_value_that_is_changed_or_missing_is_named() {
     }
 }
 
+#[tokio::test]
+async fn a_value_whose_tag_is_right_is_authenticated_all_the_same() {
+    let machine = Machine::new().await;
+    let store = machine.start().await;
+    let id = id("production", "database");
+    store.put(&id, request(1, "one")).await.unwrap();
+    let key = keys::value(&id, &version(1));
+    let sealed = machine.stored(&key).await.unwrap();
+    for position in [0, 40, 85, 92] {
+        let mut changed = sealed.clone();
+        changed[position] ^= 1;
+        machine.overwrite(&key, Some(&changed)).await;
+        assert_eq!(read(&store, &id).await, Err(Reason::Tampered), "byte {position}");
+    }
+    machine.overwrite(&key, Some(&sealed)).await;
+    assert_eq!(read(&store, &id).await.unwrap(), "one");
+}
+
+/// Writes a value under version 0 of `id`, which was there before, and puts the `old` bytes of that version in its
+/// place; they were sealed for this very slot.
+async fn old_bytes_do_not_fit(machine: &Machine, store: &Sealed, id: &SecretId, old: &[u8]) {
+    let key = keys::value(id, &version(0));
+    store.put(id, request(0, "new")).await.unwrap();
+    let new = machine.stored(&key).await.unwrap();
+    machine.overwrite(&key, Some(old)).await;
+    for store in [store, &machine.start().await] {
+        assert_eq!(read(store, id).await, Err(Reason::Tampered));
+        let retry = store.put(id, request(0, "new")).await;
+        assert_eq!(retry.unwrap_err().reason(), Reason::Tampered);
+    }
+    machine.overwrite(&key, Some(&new)).await;
+    assert_eq!(read(store, id).await.unwrap(), "new");
+}
+
+#[tokio::test]
+async fn the_bytes_of_a_secret_that_is_gone_do_not_fit_its_successor() {
+    for purged in [true, false] {
+        let machine = Machine::new().await;
+        let store = machine.start().await;
+        let id = id("production", "database");
+        store.put(&id, request(0, "old")).await.unwrap();
+        let old = machine.stored(&keys::value(&id, &version(0))).await.unwrap();
+        store.delete(&id, RecoveryWindow::days(7).unwrap()).await.unwrap();
+        machine.pass(7);
+        if purged {
+            assert!(store.purge(&id).await.unwrap());
+        }
+        old_bytes_do_not_fit(&machine, &store, &id, &old).await;
+    }
+}
+
+#[tokio::test]
+async fn the_bytes_of_a_pruned_version_do_not_fit_its_successor() {
+    let machine = Machine::new().await;
+    let store = machine.start().await;
+    let id = id("production", "database");
+    for number in 0..102 {
+        store.put(&id, request(number, "old")).await.unwrap();
+    }
+    let old = machine.stored(&keys::value(&id, &version(0))).await.unwrap();
+    machine.pass(1);
+    store.put(&id, request(102, "value")).await.unwrap();
+    assert_eq!(machine.stored(&keys::value(&id, &version(0))).await, None, "pruned");
+    old_bytes_do_not_fit(&machine, &store, &id, &old).await;
+}
+
+#[tokio::test]
+async fn the_generation_counts_changes_and_survives_a_restart() {
+    let machine = Machine::new().await;
+    let store = machine.start().await;
+    assert_eq!(store.generation(), 0);
+    let (a, b) = (id("production", "a"), id("staging", "a"));
+    store.put(&a, request(1, "one")).await.unwrap();
+    store.put(&b, request(1, "one")).await.unwrap();
+    store.put(&a, request(2, "two")).await.unwrap();
+    assert_eq!(store.generation(), 3);
+
+    store.put(&a, request(2, "two")).await.unwrap();
+    store.put(&a, request(2, "other")).await.unwrap_err();
+    store.restore(&a).await.unwrap();
+    store.purge(&a).await.unwrap();
+    read(&store, &a).await.unwrap();
+    assert_eq!(store.generation(), 3, "nothing was changed");
+
+    let change = LabelMove { label: Label::Pending, from: None, to: Some(version(1)) };
+    store.move_label(&a, &change).await.unwrap();
+    store.delete(&a, RecoveryWindow::days(7).unwrap()).await.unwrap();
+    machine.pass(7);
+    assert!(store.purge(&a).await.unwrap());
+    assert_eq!(store.generation(), 6);
+    assert_eq!(machine.start().await.generation(), 6);
+}
+
+#[tokio::test]
+async fn the_generation_is_right_whoever_wins_the_races() {
+    let machine = Machine::new().await;
+    let stores = [machine.start().await, machine.start().await];
+    let id = |number: usize| id("production", &format!("secret-{}", number % 3));
+    let attempts = (0_usize..24).map(|number| {
+        let expected = number.is_multiple_of(2).then_some(None);
+        let put = Put { expected, ..request(number, "value") };
+        let (store, id) = (&stores[number / 2 % 2], id(number));
+        async move { store.put(&id, put).await }
+    });
+    let answers = join_all(attempts).await;
+    let mut committed = answers.iter().filter(|answer| answer.is_ok()).count() as u64;
+    assert!(
+        (12..=15).contains(&committed),
+        "{committed}: whoever expects nothing, and finds something, loses"
+    );
+    assert_eq!(machine.start().await.generation(), committed);
+    for (number, store) in stores.iter().enumerate() {
+        assert!(store.generation() <= committed);
+        store.put(&id(0), request(100 + number, "value")).await.unwrap();
+        committed += 1;
+        assert_eq!(store.generation(), committed, "the other's changes are seen with the root");
+    }
+}
+
+#[tokio::test]
+async fn more_roots_than_a_page_are_all_counted() {
+    let machine = Machine::new().await;
+    let store = machine.start().await;
+    for number in 0..130 {
+        store.put(&id(&format!("pr-{number}"), "a"), request(1, "value")).await.unwrap();
+    }
+    assert_eq!((store.generation(), machine.start().await.generation()), (130, 130));
+}
+
+#[tokio::test]
+async fn an_old_copy_of_the_whole_store_has_come_less_far() {
+    let machine = Machine::new().await;
+    let (store, [a, b, _]) = stocked(&machine).await;
+    let past = machine.everything().await;
+    assert_eq!(store.generation(), 3);
+    store.put(&a, request(11, "second")).await.unwrap();
+    assert_eq!(machine.start().await.generation(), 4);
+
+    machine.bring_back(&past).await;
+    let store = machine.start().await;
+    assert_eq!(read(&store, &a).await.unwrap(), "first", "authentic throughout");
+    assert_eq!(store.generation(), 3);
+    for key in [keys::root(&a.environment), keys::record(&a), keys::record(&b)] {
+        machine.overwrite(&key, None).await;
+    }
+    assert_eq!(machine.start().await.generation(), 1, "an environment that is removed whole is missing");
+}
+
 /// A store with two secrets in production and one in staging.
 async fn stocked(machine: &Machine) -> (Sealed, [SecretId; 3]) {
     let store = machine.start().await;
@@ -543,12 +739,25 @@ async fn a_removed_root_is_found_also_without_a_restart() {
 }
 
 #[tokio::test]
-async fn a_root_does_not_fit_another_environment() {
+async fn a_root_that_is_changed_or_anothers_keeps_the_store_shut() {
     let machine = Machine::new().await;
-    stocked(&machine).await;
+    let (store, _) = stocked(&machine).await;
     let copy = machine.stored(&keys::root(&environment("staging"))).await.unwrap();
-    machine.overwrite(&keys::root(&environment("production")), Some(&copy)).await;
-    production_is_refused(&machine).await;
+    let own = machine.stored(&keys::root(&environment("production"))).await.unwrap();
+    let mut changed = own.clone();
+    changed[39] ^= 1;
+    for other in [copy.as_slice(), &changed, &own[..111], &[]] {
+        machine.overwrite(&keys::root(&environment("production")), Some(other)).await;
+        let put = store.put(&id("production", "a"), request(50, "more")).await;
+        assert_eq!(put.unwrap_err().reason(), Reason::Tampered);
+        let error = machine.start_with(1).await.unwrap_err();
+        assert_eq!(error.reason(), Reason::Tampered, "its generation can't be counted");
+        assert!(error.to_string().starts_with("the root of environment `production`"), "{error}");
+    }
+    machine.overwrite(&keys::root(&environment("production")), Some(&own)).await;
+    assert_eq!(machine.start().await.generation(), 3);
+    machine.overwrite(b"sealed/r/no/name", Some(&own)).await;
+    assert_eq!(machine.start_with(1).await.unwrap_err().reason(), Reason::Tampered);
 }
 
 #[tokio::test]
@@ -612,12 +821,16 @@ async fn records_add_up_after_any_sequence_of_changes() {
             5 => drop(store.restore(&id).await),
             _ => {
                 machine.pass(draw(5));
-                store.purge(&id.environment).await.unwrap();
+                for gone in store.gone(&id.environment).await.unwrap() {
+                    assert!(store.purge(&gone).await.unwrap());
+                }
             }
         }
         if step % 10 == 0 {
+            let counted = store.generation();
             store = machine.start().await;
             store.verified(&id.environment).await.unwrap();
+            assert_eq!(store.generation(), counted);
         }
     }
     let list = ListRequest { limit: 100, include_deleted: true, ..ListRequest::default() };

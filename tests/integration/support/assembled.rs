@@ -35,6 +35,7 @@ pub fn resolved(folder: &Path) -> Resolved {
         peers: peer_credentials::Config::default(),
         cache_bytes: 1024 * 1024,
         registry: Registry::new(environments).unwrap(),
+        accept_loss: false,
     }
 }
 

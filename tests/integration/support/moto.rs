@@ -25,7 +25,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{JoinHandle, JoinSet};
 
-const REGION: &str = "eu-central-1";
+/// Where everything is.
+pub const REGION: &str = "eu-central-1";
 
 /// The server. One serves all tests of a process: give each test an environment of its own.
 pub struct Moto {
@@ -48,8 +49,8 @@ impl Moto {
     }
 
     /// A store for one environment.
-    pub fn store(&self, environment: &EnvironmentName, clock: SharedClock) -> Arc<dyn Store> {
-        store_at(&self.endpoint, environment, &quick(), clock)
+    pub async fn store(&self, environment: &EnvironmentName, clock: SharedClock) -> Arc<dyn Store> {
+        store_at(&self.endpoint, environment, &quick(), clock).await
     }
 
     /// The SDK's own client, for what a store does not do.
@@ -106,7 +107,7 @@ pub fn once() -> Bounds {
 }
 
 /// A store that asks `endpoint`, whoever is there.
-pub fn store_at(
+pub async fn store_at(
     endpoint: &str,
     environment: &EnvironmentName,
     bounds: &Bounds,
@@ -117,7 +118,8 @@ pub fn store_at(
         endpoint: Some(endpoint.to_owned()),
         ..AwsSettings::default()
     };
-    Arc::new(Aws::with_credentials(environment.clone(), &settings, credentials(), bounds, clock).unwrap())
+    let store = Aws::with_credentials(environment.clone(), &settings, credentials(), bounds, clock).await;
+    Arc::new(store.unwrap())
 }
 
 /// An environment that no other test has.
@@ -125,7 +127,8 @@ pub fn fresh_environment() -> EnvironmentName {
     EnvironmentName::parse(&format!("t-{}", uuid::Uuid::new_v4())).unwrap()
 }
 
-fn credentials() -> Credentials {
+/// Credentials of moto's own account.
+pub fn credentials() -> Credentials {
     Credentials::new("test", "test", None, None, "test")
 }
 
@@ -192,8 +195,8 @@ impl FaultProxy {
     }
 
     /// A store that goes through this proxy.
-    pub fn store(&self, environment: &EnvironmentName, bounds: &Bounds) -> Arc<Aws> {
-        store_at(&self.endpoint, environment, bounds, SystemClock::shared())
+    pub async fn store(&self, environment: &EnvironmentName, bounds: &Bounds) -> Arc<Aws> {
+        store_at(&self.endpoint, environment, bounds, SystemClock::shared()).await
     }
 
     /// Does this to every request from now on.
@@ -212,6 +215,7 @@ impl FaultProxy {
     }
 
     /// How many requests for `operation` came in since the last [`forget`](Self::forget), whatever was done to them.
+    /// Requests to STS name theirs in no header and count under "".
     pub fn calls(&self, operation: &str) -> usize {
         self.faults.calls.lock().unwrap().get(operation).copied().unwrap_or(0)
     }

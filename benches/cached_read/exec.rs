@@ -1,0 +1,117 @@
+//! What `claviger exec` adds to the start of a command, its broker warm on its socket; against `env`, which reads its
+//! variables from its arguments.
+
+use std::io::{BufRead as _, BufReader};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::{milliseconds, percentile, pin, row};
+
+const RUNS: usize = 30;
+/// Runs before, which are not counted.
+const WARM: usize = 3;
+
+/// Every field of the sample secrets but one, under the application's names and under those of its tools.
+const REFERENCES: [(&str, &str); 20] = [
+    ("DB_HOST", "database#host"),
+    ("DB_PORT", "database#port"),
+    ("DB_NAME", "database#dbname"),
+    ("DB_USER", "database#username"),
+    ("DB_PASSWORD", "database#password"),
+    ("PGHOST", "database#host"),
+    ("PGPORT", "database#port"),
+    ("PGDATABASE", "database#dbname"),
+    ("PGUSER", "database#username"),
+    ("PGPASSWORD", "database#password"),
+    ("REDIS_HOST", "redis#host"),
+    ("REDIS_PORT", "redis#port"),
+    ("REDIS_PASSWORD", "redis#password"),
+    ("REDISCLI_AUTH", "redis#password"),
+    ("JWT_SECRET", "jwt#secret"),
+    ("JWT_REFRESH_SECRET", "jwt#refresh_secret"),
+    ("MARKET_DATA_API_KEY", "api-keys#market_data"),
+    ("NEWS_API_KEY", "api-keys#news"),
+    ("EMAIL_API_KEY", "api-keys#email"),
+    ("SMTP_PASSWORD", "api-keys#email"),
+];
+
+pub(crate) fn measure(folder: &Path) {
+    let manifest = folder.join("claviger.toml");
+    let variables = REFERENCES.map(|(name, reference)| format!("{name} = \"{reference}\"\n"));
+    std::fs::write(&manifest, format!("[env]\n{}", variables.concat())).unwrap();
+    let broker = Broker::start(folder);
+    let mut env = command("env");
+    env.args(["X=1", "true"]);
+    let mut exec = command(CLAVIGER);
+    exec.args(["exec", "-e", "development", "-a"]).arg(&broker.address);
+    exec.arg("-m").arg(&manifest).args(["--", "true"]);
+    let (mut bare, mut ours) = (Vec::new(), Vec::new());
+    for _ in 0..WARM + RUNS {
+        bare.push(time(&mut env));
+        ours.push(time(&mut exec));
+    }
+    let bare = percentile(&mut bare[WARM..], 50);
+    let ours = percentile(&mut ours[WARM..], 50);
+    let more = (ours.as_secs_f64() - bare.as_secs_f64()) * 1e3;
+    let name = "`exec` with 20 references over `env`, its broker warm";
+    row([name, &milliseconds(bare), &milliseconds(ours), &format!("{more:+.2} ms"), "≤ 5 ms"]);
+}
+
+/// The program, built as this benchmark is.
+const CLAVIGER: &str = env!("CARGO_BIN_EXE_claviger");
+
+/// A command with an environment of nothing but what it takes to find others, so that no setting of who measures
+/// (a token, an address, cargo's folders of libraries) has a say.
+fn command(program: &str) -> Command {
+    let mut command = Command::new(program);
+    command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    command
+}
+
+fn time(command: &mut Command) -> Duration {
+    let start = Instant::now();
+    let output = command.output();
+    let took = start.elapsed();
+    let output = output.unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?} ended with {}: {said}", output.status);
+    took
+}
+
+/// A throw-away broker with the sample secrets.
+struct Broker {
+    process: Child,
+    address: String,
+}
+
+impl Broker {
+    fn start(folder: &Path) -> Self {
+        let socket = folder.join("dev.sock");
+        let mut dev = command(CLAVIGER);
+        dev.env("USER", "benchmark").arg("dev");
+        dev.arg("--data").arg(folder.join("dev")).arg("--socket").arg(&socket);
+        // A process starts on the core of who starts it.
+        pin(0);
+        let mut process = dev.spawn().unwrap_or_else(|error| panic!("{dev:?}: {error}"));
+        pin(1);
+        let mut stderr = BufReader::new(process.stderr.take().expect("a pipe"));
+        let broker = Self { process, address: format!("unix://{}", socket.display()) };
+        let mut said = String::new();
+        while !said.contains("listening on") {
+            let read = stderr.read_line(&mut said).unwrap();
+            assert!(read > 0, "`claviger dev` ended before it listened: {said}");
+        }
+        // Read on, so that nothing it says makes it wait.
+        std::thread::spawn(move || std::io::copy(&mut stderr, &mut std::io::sink()));
+        broker
+    }
+}
+
+impl Drop for Broker {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
