@@ -6,7 +6,7 @@ use super::source::SourceFile;
 
 /// How many brackets may be open at a time.
 const MOST_OPEN: usize = 64;
-/// How long one statement may be, in bytes. Operators in a row nest as well (`a && b && c` is two deep), so this bounds
+/// How long one statement may be, in characters that are neither white space nor comment. Operators in a row nest as well (`a && b && c` is two deep), so this bounds
 /// what brackets don't.
 const LONGEST_STATEMENT: usize = 16 * 1024;
 /// The stack on which policies are read: enough for the longest statement of nothing but operators, in a debug build.
@@ -14,24 +14,29 @@ const STACK: usize = 256 * 1024 * 1024;
 
 /// Refuses a text that would take the reader too deep.
 pub(super) fn check(file: &SourceFile) -> Result<(), PolicyError> {
-    let (mut open, mut start) = (0_usize, 0);
+    let (mut open, mut length) = (0_usize, 0_usize);
     let mut rest = file.text.char_indices().peekable();
     while let Some((at, c)) = rest.next() {
         match c {
             '"' => skip_text(&mut rest),
             '/' if rest.peek().is_some_and(|(_, next)| *next == '/') => {
                 while rest.next_if(|(_, c)| *c != '\n').is_some() {}
+                continue;
             }
             '(' | '[' | '{' => open += 1,
             ')' | ']' | '}' => open = open.saturating_sub(1),
-            ';' => start = at + 1,
             _ => {}
         }
+        length = match c {
+            ';' => 0,
+            c if c.is_whitespace() => length,
+            _ => length + 1,
+        };
         if open > MOST_OPEN {
             return Err(file.invalid(at, "is nested more than 64 deep; split the policy"));
         }
-        if at - start.min(at) > LONGEST_STATEMENT {
-            return Err(file.invalid(start, "is a statement of more than 16 KiB; split the policy"));
+        if length > LONGEST_STATEMENT {
+            return Err(file.invalid(at, "is in a statement of more than 16 KiB; split the policy"));
         }
     }
     Ok(())

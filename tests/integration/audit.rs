@@ -690,6 +690,26 @@ async fn a_removed_folder_is_made_again() {
 }
 
 #[tokio::test]
+async fn a_last_line_that_is_whole_and_wrong_is_no_crash() {
+    let tears: [fn(&mut Vec<u8>); 2] = [
+        |bytes| {
+            let last = bytes.len() - 10;
+            bytes[last] ^= 1;
+        },
+        |bytes| bytes.extend(b"hello\n"),
+    ];
+    for tear in tears {
+        let place = closed_log(3).await;
+        let segment = place.segments().remove(0);
+        let mut bytes = fs::read(&segment).unwrap();
+        tear(&mut bytes);
+        fs::write(&segment, &bytes).unwrap();
+        assert_eq!(place.try_open(place.settings()).unwrap_err().reason(), Reason::AuditBroken);
+        assert_eq!(fs::read(&segment).unwrap(), bytes, "and it is left as evidence");
+    }
+}
+
+#[tokio::test]
 async fn a_torn_last_line_is_cut_off_and_recorded() {
     type Tear = fn(&mut Vec<u8>);
     let cases: [(&str, Tear); 5] = [
@@ -697,9 +717,9 @@ async fn a_torn_last_line_is_cut_off_and_recorded() {
         ("without its newline", |bytes| bytes.truncate(bytes.len() - 1)),
         ("zeros", |bytes| bytes.extend([0; 5_000])),
         ("more zeros than a line", |bytes| bytes.extend(vec![0; 3 << 20])),
-        ("another byte in the last line", |bytes| {
-            let last = bytes.len() - 10;
-            bytes[last] ^= 1;
+        ("a part of the last line that never arrived", |bytes| {
+            let end = bytes.len() - 10;
+            bytes[end - 30..end].fill(0);
         }),
     ];
     for (name, tear) in cases {

@@ -178,7 +178,8 @@ async fn a_batch_answers_each_item_in_order_with_a_record_each() {
 async fn a_full_disk_refuses_to_serve_and_recovers_by_itself() {
     let folder = tempfile::tempdir().unwrap();
     let resolved = resolved(folder.path());
-    std::fs::create_dir(folder.path().join("data")).unwrap();
+    use std::os::unix::fs::DirBuilderExt as _;
+    std::fs::DirBuilder::new().mode(0o700).create(folder.path().join("data")).unwrap();
     let disk = Tmpfs::mount(&folder.path().join("data/audit"));
     let running = start(&resolved, clock()).await.unwrap();
     put(&running, id("development", "database"), "p").await.unwrap();
