@@ -77,7 +77,7 @@ impl Options {
     }
 
     fn wants(&self, row: &str) -> bool {
-        self.rows.iter().any(|wanted| *wanted == row)
+        self.rows.contains(&row)
     }
 }
 
