@@ -65,12 +65,10 @@ impl Address {
     /// Parses `unix:///path` or `http://host[:port]`, the latter only where the host is a loopback address.
     ///
     /// # Errors
-    /// [`Reason::InvalidArgument`]; [`Reason::Unsupported`] for `https://`.
+    /// [`Reason::InvalidArgument`]; [`Reason::Unsupported`] for `https://`. Of a URL they name scheme and host alone:
+    /// people put passwords and tokens into the rest.
     pub fn parse(text: &str) -> Result<Self, ClientError> {
-        let refuse = |problem: &str| {
-            let shown: String = text.chars().take(128).flat_map(char::escape_default).collect();
-            ClientError::invalid(format!("address `{shown}`: {problem}"))
-        };
+        let refuse = |problem: &str| ClientError::invalid(format!("address `{}`: {problem}", repeated(text)));
         match text.split_once("://") {
             Some(("unix", path)) if path.starts_with('/') => Ok(Self::Unix(path.into())),
             Some(("unix", _)) => {
@@ -113,6 +111,26 @@ impl fmt::Display for Address {
             }
         }
     }
+}
+
+/// As much of an address as an error repeats: of a URL its scheme and host, of a path all of it; nothing that stands
+/// before an `@`, and no token.
+fn repeated(text: &str) -> String {
+    const MOST: usize = 128;
+    let (scheme, rest) = text.split_once("://").unwrap_or(("", text));
+    let host = match scheme {
+        "unix" => rest,
+        // The last one: a password may hold others.
+        _ => rest.rsplit_once('@').map_or(rest, |(_, behind)| behind),
+    };
+    let host = match scheme {
+        "" | "unix" => host,
+        _ => host.split(['/', '?', '#']).next().unwrap_or_default(),
+    };
+    let host = host.split_once("clv_").map_or(host, |(before, _)| before);
+    let separator = if text.contains("://") { "://" } else { "" };
+    let shown = scheme.chars().chain(separator.chars()).chain(host.chars());
+    shown.take(MOST).flat_map(char::escape_default).collect()
 }
 
 /// An address that plain HTTP may be spoken to.
@@ -508,6 +526,26 @@ mod tests {
             assert!(!error.message.contains('\n'), "{bad}");
         }
         assert_eq!(Address::parse("https://127.0.0.1").unwrap_err().reason, Reason::Unsupported);
+    }
+
+    #[test]
+    fn what_is_secret_in_an_address_is_not_repeated() {
+        for (bad, shown) in [
+            ("http://me:s3cret@127.0.0.1:8400", "`http://127.0.0.1:8400`"),
+            ("http://me:s3cret@example.com", "`http://example.com`"),
+            ("http://me:s3cret/s3cret@s3cret@example.com/x", "`http://example.com`"),
+            ("http://me:s3cret @example.com", "`http://example.com`"),
+            ("http://s3cret@", "`http://`"),
+            ("http://127.0.0.1/?token=s3cret", "`http://127.0.0.1`"),
+            ("https://me:s3cret@example.com", "`https://example.com`"),
+            ("ftp://me:s3cret@example.com", "`ftp://example.com`"),
+            ("me:s3cret@example.com", "`example.com`"),
+            ("clv_0123456789abcdef_s3cret", "``"),
+            ("unix://run/c@1.sock", "`unix://run/c@1.sock`"),
+        ] {
+            let message = Address::parse(bad).unwrap_err().message;
+            assert!(message.contains(shown) && !message.contains("s3cret"), "{bad}: {message}");
+        }
     }
 
     #[test]

@@ -4,7 +4,8 @@
 //! tail    one record per line, as the log has it
 //! query   {"records":[…]}, newest first
 //! verify  {"clean","unanchored","instances":[{"instance","first_sequence","last_sequence","last_hash","checkpoints",
-//!          "unanchored","clean_shutdown","losses","repairs","torn_bytes"}],"findings":[{"file","line","sequence","kind","message"}],"more_findings"}
+//!          "unanchored","clean_shutdown","losses","repairs","torn_bytes"}],
+//!          "findings":[{"file","line","sequence","kind","message"}],"more_findings"}
 //! ```
 //! For people, what is known of a record stands on one line.
 
@@ -17,8 +18,9 @@ use serde_json::value::RawValue;
 
 use super::connect::connect;
 use super::output::printable;
+use super::policy::parse_subject;
 use super::{CliError, Context, Exit};
-use crate::audit::{self, Anchor, Report, VerifyingKey};
+use crate::audit::{self, Anchor, AuditError, FindingKind, Report, VerifyingKey};
 use crate::client::ClientError;
 use crate::clock::parse_duration;
 use crate::error::Reason;
@@ -50,8 +52,8 @@ pub(super) struct QueryArgs {
     /// The whole log, also where CLAVIGER_ENV names an environment
     #[arg(long)]
     all: bool,
-    /// Whose calls, as recorded: User::"ana"
-    #[arg(long, value_name = "PRINCIPAL")]
+    /// Whose calls: user:ID or workload:ID, or as recorded: User::"ana"
+    #[arg(long, value_name = "PRINCIPAL", value_parser = parse_principal)]
     principal: Option<String>,
     /// Which action
     #[arg(long, value_parser = Action::parse)]
@@ -85,6 +87,9 @@ pub(super) struct VerifyArgs {
     /// File with a public key that signs checkpoints, in hex; may be repeated
     #[arg(long = "public-key", value_name = "FILE", requires = "folder")]
     public_keys: Vec<PathBuf>,
+    /// Verify the chains without any key: whoever can write the files could have written them anew
+    #[arg(long, requires = "folder", conflicts_with = "public_keys")]
+    unsigned: bool,
     /// Record that is known from elsewhere; may be repeated
     #[arg(long = "anchor", value_name = "INSTANCE:SEQ:HASH", requires = "folder")]
     anchors: Vec<Anchor>,
@@ -114,6 +119,7 @@ async fn tail(args: TailArgs, context: &Context) -> Result<Exit, CliError> {
 }
 
 async fn query(args: QueryArgs, context: &Context) -> Result<Exit, CliError> {
+    narrowed(args.all, context)?.iter().for_each(|notice| context.output.notice(notice));
     let now = context.clock.now();
     let time = |name, text: Option<String>| text.map(|text| parse_time(name, &text, now)).transpose();
     let request = v1::QueryRequest {
@@ -134,7 +140,43 @@ async fn query(args: QueryArgs, context: &Context) -> Result<Exit, CliError> {
     } else {
         context.output.text(&lines.iter().map(|line| readable(line)).collect::<Vec<_>>().join("\n"))?;
     }
+    perhaps_more(&lines, args.limit).iter().for_each(|notice| context.output.notice(notice));
     Ok(Exit::DONE)
+}
+
+/// Said where a variable, not an option, decides what is searched.
+fn narrowed(all: bool, context: &Context) -> Result<Option<String>, CliError> {
+    if all || context.global.env.is_some() {
+        return Ok(None);
+    }
+    Ok(context.chosen_environment()?.map(|name| {
+        format!("only records of environment {name}, as CLAVIGER_ENV says; --all searches everything")
+    }))
+}
+
+/// Said where as many records came as were asked for.
+fn perhaps_more(lines: &[String], limit: i32) -> Option<String> {
+    if usize::try_from(limit) != Ok(lines.len()) {
+        return None;
+    }
+    let oldest = lines.last().and_then(|line| serde_json::from_str::<Record>(line).ok());
+    let time = oldest.map(|record| record.time).filter(|time| !time.is_empty());
+    let until = time.map_or_else(String::new, |time| format!(", or go on with --until {time}"));
+    Some(format!(
+        "{limit} records came, which is the limit; there may be more: raise it with --limit N{until}"
+    ))
+}
+
+/// A principal as records have it, from `user:ID`, from `workload:ID` or from that itself.
+fn parse_principal(text: &str) -> Result<String, String> {
+    if let Ok((kind, id)) = parse_subject(text) {
+        return Ok(format!("{}::\"{}\"", kind.entity_type(), id.escape_default()));
+    }
+    let id = text.strip_prefix("User::\"").or_else(|| text.strip_prefix("Workload::\""));
+    match id.and_then(|rest| rest.strip_suffix('"')) {
+        Some(id) if !id.is_empty() => Ok(text.to_owned()),
+        _ => Err("is neither user:ID, workload:ID nor as recorded, like User::\"ana\"".to_owned()),
+    }
 }
 
 /// The part of the log that is meant: an environment's, or (empty) all of it.
@@ -229,19 +271,49 @@ fn readable(line: &str) -> String {
 }
 
 async fn verify(args: VerifyArgs, context: &Context) -> Result<Exit, CliError> {
-    let verified = match &args.folder {
-        Some(folder) => {
-            let keys: Result<Vec<_>, _> = args.public_keys.iter().map(|path| read_key(path)).collect();
-            Verified::from(audit::verify(folder, &keys?, &args.anchors)?)
-        }
+    let (verified, place) = match &args.folder {
+        Some(folder) => (verify_folder(folder, &args, context)?, folder.display().to_string()),
         None => {
             let request = v1::VerifyRequest {};
             let answer = connect(context).await?.audit().verify(request).await.map_err(ClientError::from)?;
-            Verified::from(answer.into_inner())
+            (Verified::from(answer.into_inner()), "of the broker".to_owned())
         }
     };
+    if verified.is_void() {
+        // Nothing that could be whole: a log that was removed must not pass for a good one.
+        return Err(CliError::new(Reason::AuditBroken, format!("the audit log {place} has no records")));
+    }
     context.output.answer(&verified, || verified.text())?;
     Ok(if verified.clean { Exit::DONE } else { Exit::FAULTS })
+}
+
+fn verify_folder(folder: &Path, args: &VerifyArgs, context: &Context) -> Result<Verified, CliError> {
+    if args.public_keys.is_empty() && !args.unsigned {
+        return Err(CliError::usage(
+            "checkpoints can't be checked without the key that signs them; give --public-key FILE, or --unsigned to \
+             verify the chains alone",
+        ));
+    }
+    let keys: Result<Vec<_>, _> = args.public_keys.iter().map(|path| read_key(path)).collect();
+    let verified = audit::verify(folder, &keys?, &args.anchors);
+    let mut report = verified.map_err(|error| not_verified(folder, error))?;
+    if args.unsigned {
+        report.findings.retain(|finding| finding.kind != FindingKind::UnknownKey);
+        context
+            .output
+            .notice("no checkpoint was checked: whoever can write the files could have written them anew");
+    }
+    Ok(Verified::from(report))
+}
+
+/// Where there is no log at all, that is what is wrong with it; another try won't help.
+fn not_verified(folder: &Path, error: AuditError) -> CliError {
+    match error {
+        AuditError::Unreadable { path, cause } if Path::new(&path) == folder => {
+            CliError::new(Reason::AuditBroken, format!("no audit log in {path}: {cause}"))
+        }
+        error => error.into(),
+    }
 }
 
 /// A public key: 64 hexadecimal digits, or the 32 bytes.
@@ -319,7 +391,7 @@ impl From<Report> for Verified {
         Self {
             clean,
             unanchored,
-            instances: instances.collect(),
+            instances: instances.filter(Instance::is_chain).collect(),
             findings: findings.collect(),
             more_findings: report.more_findings,
         }
@@ -348,7 +420,8 @@ impl From<v1::VerifyResponse> for Verified {
             kind: finding.kind,
             message: finding.message,
         });
-        let (instances, findings): (Vec<_>, Vec<_>) = (instances.collect(), findings.collect());
+        let (instances, findings): (Vec<_>, Vec<_>) =
+            (instances.filter(Instance::is_chain).collect(), findings.collect());
         let unanchored = instances.iter().map(|instance| instance.unanchored).sum();
         let more_findings = answer.more_findings;
         let clean = findings.is_empty() && more_findings == 0;
@@ -357,6 +430,11 @@ impl From<v1::VerifyResponse> for Verified {
 }
 
 impl Verified {
+    /// Whether there is no record at all, and nothing that says why.
+    fn is_void(&self) -> bool {
+        self.clean && self.instances.iter().all(|instance| instance.last_sequence.is_none())
+    }
+
     /// The findings, each on its line; then each chain with the anchor to keep elsewhere; then the sum.
     fn text(&self) -> String {
         let mut lines: Vec<String> = self.findings.iter().map(Finding::text).collect();
@@ -385,6 +463,11 @@ impl Finding {
 }
 
 impl Instance {
+    /// Whether there is anything of it: a folder without a segment is no chain.
+    fn is_chain(&self) -> bool {
+        self.last_sequence.is_some() || self.torn_bytes > 0
+    }
+
     fn text(&self) -> String {
         let number =
             |sequence: Option<u64>| sequence.map_or_else(|| "-".to_owned(), |sequence| sequence.to_string());
@@ -428,6 +511,102 @@ mod tests {
         assert_eq!(view(true, &context(&[], &variables)).unwrap(), "");
         assert_eq!(view(false, &context(&[], &[])).unwrap(), "");
         assert_eq!(view(true, &context(&["-e", "staging"], &[])).unwrap_err().exit(), Exit::USAGE);
+    }
+
+    #[test]
+    fn a_variable_that_narrows_is_named() {
+        let variables = [("CLAVIGER_ENV", "staging")];
+        let said = |all, arguments: &[&str], variables: &[(&str, &str)]| {
+            narrowed(all, &context(arguments, variables)).unwrap()
+        };
+        let notice = said(false, &[], &variables).unwrap();
+        assert!(notice.contains("staging") && notice.contains("--all"), "{notice}");
+        assert_eq!(said(true, &[], &variables), None);
+        assert_eq!(said(false, &["-e", "staging"], &variables), None);
+        assert_eq!(said(false, &[], &[]), None);
+    }
+
+    #[test]
+    fn as_many_as_asked_for_may_not_be_all() {
+        let lines = [r#"{"time":"t2"}"#.to_owned(), r#"{"time":"t1"}"#.to_owned()];
+        let notice = perhaps_more(&lines, 2).unwrap();
+        assert!(notice.contains("--limit N") && notice.ends_with("--until t1"), "{notice}");
+        assert_eq!(perhaps_more(&lines, 3), None);
+        assert_eq!(perhaps_more(&[], 1), None);
+        assert!(perhaps_more(&["not JSON".to_owned()], 1).unwrap().ends_with("--limit N"));
+    }
+
+    #[test]
+    fn a_principal_is_asked_for_as_it_is_recorded() {
+        for (given, recorded) in [
+            ("user:ana", "User::\"ana\""),
+            ("workload:spiffe://x/y", "Workload::\"spiffe://x/y\""),
+            ("user:a\"b", "User::\"a\\\"b\""),
+            ("User::\"ana\"", "User::\"ana\""),
+            ("Workload::\"ci\"", "Workload::\"ci\""),
+        ] {
+            assert_eq!(parse_principal(given).unwrap(), recorded);
+        }
+        for bad in [
+            "",
+            "ana",
+            "user:",
+            "User::ana",
+            "User::\"\"",
+            "User::\"",
+            "User::\"ana",
+            "Group::\"x\"",
+            "USER:ana",
+        ] {
+            assert!(parse_principal(bad).is_err(), "{bad}");
+        }
+        assert_eq!(refusal(&["audit", "query", "--principal", "ana"]).exit_code(), 2);
+    }
+
+    #[tokio::test]
+    async fn a_log_that_is_not_there_is_a_fault() {
+        let folder = tempfile::tempdir().unwrap();
+        let verify_at = |path: &Path, unsigned| {
+            let args = VerifyArgs {
+                folder: Some(path.to_owned()),
+                public_keys: Vec::new(),
+                unsigned,
+                anchors: Vec::new(),
+            };
+            async move { verify(args, &context(&[], &[])).await.unwrap_err() }
+        };
+        let error = verify_at(folder.path(), false).await;
+        assert_eq!(error.exit(), Exit::USAGE);
+        assert!(error.message.contains("--public-key FILE"), "{}", error.message);
+        let missing = folder.path().join("none");
+        for path in [folder.path(), missing.as_path()] {
+            let error = verify_at(path, true).await;
+            assert_eq!(error.exit(), Exit::FAULTS);
+            assert!(error.message.starts_with("no audit log in "), "{}", error.message);
+        }
+        std::fs::create_dir(folder.path().join("broker-1")).unwrap();
+        let error = verify_at(folder.path(), true).await;
+        assert_eq!((error.exit(), error.reason), (Exit::FAULTS, Some(Reason::AuditBroken)));
+        assert!(error.message.ends_with("has no records"), "{}", error.message);
+    }
+
+    #[test]
+    fn a_folder_without_a_segment_is_no_chain() {
+        let chain = |instance: &str, last_sequence| v1::Chain {
+            instance: instance.to_owned(),
+            first_sequence: last_sequence,
+            last_sequence,
+            ..v1::Chain::default()
+        };
+        let chains = vec![chain("empty", 0), chain("full", 3)];
+        let verified = Verified::from(v1::VerifyResponse { chains, ..Default::default() });
+        assert_eq!(verified.instances.iter().map(|i| i.instance.as_str()).collect::<Vec<_>>(), ["full"]);
+        assert!(!verified.is_void());
+        let void = v1::VerifyResponse { chains: vec![chain("empty", 0)], ..Default::default() };
+        assert!(Verified::from(void).is_void());
+        assert!(Verified::from(v1::VerifyResponse::default()).is_void());
+        let cut = v1::VerifyResponse { more_findings: 1, ..Default::default() };
+        assert!(!Verified::from(cut).is_void(), "the findings say more");
     }
 
     #[test]
@@ -571,6 +750,8 @@ mod tests {
         for arguments in [
             &["audit", "verify", "--public-key", "x"][..],
             &["audit", "verify", "--anchor", "a:1:00"],
+            &["audit", "verify", "--unsigned"],
+            &["audit", "verify", "--dir", "x", "--unsigned", "--public-key", "k"],
             &["audit", "query", "--outcome", "fine"],
             &["audit", "query", "--limit", "0"],
             &["audit", "query", "--action", "raed"],

@@ -35,7 +35,19 @@ fn address(context: &Context) -> Result<Address, CliError> {
 
 fn token(context: &Context) -> Result<Option<SecretValue>, CliError> {
     if let Some(path) = &context.global.token_file {
+        if path.as_os_str().as_encoded_bytes().starts_with(b"clv_") {
+            return Err(CliError::usage(
+                "what --token-file names is a token, not a file's name; write it into a file or set CLAVIGER_TOKEN, and \
+                 take this one for leaked: every process of this machine could read it",
+            ));
+        }
         return read_token(path).map(Some).map_err(|problem| CliError::file(path, problem));
+    }
+    // Whoever set it wants to be known by a token; what is left without one may be allowed more, or less.
+    if context.environ.is_empty("CLAVIGER_TOKEN") {
+        return Err(CliError::usage(
+            "CLAVIGER_TOKEN is set and empty; unset it to be known by your Unix user, or set the token",
+        ));
     }
     let token = context.environ.text("CLAVIGER_TOKEN")?;
     Ok(token.map(|token| SecretValue::text(token.to_owned())).transpose()?)
@@ -149,10 +161,23 @@ mod tests {
         assert_eq!(both.expose_text(), Some("from-file"));
         let variable = token(&context(&[], &variables)).unwrap().unwrap();
         assert_eq!(variable.expose_text(), Some("from-variable"));
-        assert!(token(&context(&[], &[("CLAVIGER_TOKEN", "")])).unwrap().is_none());
+        assert!(token(&context(&[], &[])).unwrap().is_none());
+        assert!(token(&context(&option, &[("CLAVIGER_TOKEN", "")])).is_ok(), "the file is what counts");
+        let error = token(&context(&[], &[("CLAVIGER_TOKEN", "")])).unwrap_err();
+        assert_eq!(error.reason, Some(Reason::InvalidArgument));
+        assert!(error.message.starts_with("CLAVIGER_TOKEN is set and empty"), "{}", error.message);
         let missing = ["--token-file", "/nonexistent/token"];
         let error = token(&context(&missing, &variables)).unwrap_err();
         assert!(error.message.starts_with("/nonexistent/token: "), "{}", error.message);
+    }
+
+    #[test]
+    fn a_token_in_place_of_a_file_is_refused_unseen() {
+        let given = format!("clv_{}_{}", "0".repeat(16), "s3cret".repeat(7));
+        let error = token(&context(&["--token-file", &given], &[])).unwrap_err();
+        assert_eq!(error.reason, Some(Reason::InvalidArgument));
+        assert!(error.message.contains("is a token, not a file's name"), "{}", error.message);
+        assert!(!error.message.contains("clv_"), "{}", error.message);
     }
 
     #[test]

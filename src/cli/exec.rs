@@ -183,10 +183,11 @@ async fn everything(
             Err(error) => problems.push(error),
         }
     }
-    if let Some(first) = problems.first() {
+    if !problems.is_empty() {
+        let reason = shared(problems.iter().map(|problem| problem.reason));
         let lines: Vec<String> =
             problems.iter().map(|problem| format!("{} [{}]", problem.message, problem.reason)).collect();
-        return Err(CliError::new(first.reason, started_nothing(lines.len(), "secrets", &lines.join("\n"))));
+        return Err(CliError::new(reason, started_nothing(lines.len(), "secrets", &lines.join("\n"))));
     }
     context.output.notice(&format!(
         "there is no {MANIFEST}; all {} secrets that you may read in {environment} are injected",
@@ -226,16 +227,31 @@ async fn batch(
 
 /// Every fault at once. Where a reference was not answered, the answer's own reason says why.
 fn not_usable(error: &InjectError, answers: &Answers) -> CliError {
-    let unanswered = answers.values().find_map(|answer| answer.as_ref().err());
-    let reason = match (error.reason(), unanswered) {
-        (Reason::Unavailable, Some(unanswered)) => unanswered.reason,
-        (reason, _) => reason,
+    let InjectError::Variables(problems) = error else {
+        return CliError::new(error.reason(), error.to_string());
     };
-    match error {
-        InjectError::Variables(problems) => {
-            CliError::new(reason, started_nothing(problems.len(), "variables", &error.to_string()))
+    let unanswered: Vec<&ClientError> = answers.values().filter_map(|answer| answer.as_ref().err()).collect();
+    let own = problems.iter().map(|problem| problem.reason);
+    let own = own.filter(|reason| unanswered.is_empty() || *reason != Reason::Unavailable);
+    let reason = shared(own.chain(unanswered.iter().map(|answer| answer.reason)));
+    match unanswered.split_first() {
+        // One fault, however many variables it keeps from being set.
+        Some((first, others))
+            if reason == Reason::EnvironmentNotFound
+                && others.iter().all(|other| other.message == first.message) =>
+        {
+            CliError::new(reason, format!("the command was not started; {}", first.message))
         }
-        error => CliError::new(reason, error.to_string()),
+        _ => CliError::new(reason, started_nothing(problems.len(), "variables", &error.to_string())),
+    }
+}
+
+/// The reason that all share; where they differ, what they have in common is that a value is missing or not usable.
+fn shared(reasons: impl IntoIterator<Item = Reason>) -> Reason {
+    let mut reasons = reasons.into_iter();
+    match reasons.next() {
+        Some(first) if reasons.all(|reason| reason == first) => first,
+        _ => Reason::InvalidValue,
     }
 }
 
@@ -384,6 +400,36 @@ mod tests {
             shown.message,
             "the command was not started; variables that are missing or not usable: 2\nA (x): no\nB (y): no"
         );
+    }
+
+    #[test]
+    fn faults_of_different_kinds_share_no_reason() {
+        assert_eq!(shared([Reason::Denied, Reason::Denied]), Reason::Denied);
+        assert_eq!(shared([Reason::Denied, Reason::SecretNotFound]), Reason::InvalidValue);
+    }
+
+    #[test]
+    fn an_environment_that_is_not_declared_is_said_once() {
+        let problem = |subject: &str| VariableProblem {
+            subject: subject.to_owned(),
+            problem: "no".to_owned(),
+            reason: Reason::Unavailable,
+        };
+        let error = InjectError::Variables(vec![problem("A (x)"), problem("B (y)")]);
+        let undeclared = || ClientError {
+            reason: Reason::EnvironmentNotFound,
+            message: "environment `nowhere` is not declared".to_owned(),
+            ..ClientError::malformed("x")
+        };
+        let id = |name| SecretId::parse("nowhere", name).unwrap();
+        let mut answers = Answers::from([(id("x"), Err(undeclared())), (id("y"), Err(undeclared()))]);
+        let shown = not_usable(&error, &answers);
+        assert_eq!(shown.reason, Some(Reason::EnvironmentNotFound));
+        assert_eq!(shown.message, "the command was not started; environment `nowhere` is not declared");
+        answers.insert(id("y"), Err(ClientError { reason: Reason::Denied, ..undeclared() }));
+        let shown = not_usable(&error, &answers);
+        assert_eq!(shown.reason, Some(Reason::InvalidValue));
+        assert!(shown.message.contains("A (x)") && shown.message.contains("B (y)"), "{}", shown.message);
     }
 
     #[tokio::test]

@@ -23,6 +23,7 @@ mod put;
 mod rollback;
 mod serve;
 mod token;
+mod usage;
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -31,6 +32,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser as _;
+use clap::error::ErrorKind;
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 
 use crate::client::LONGEST_DEADLINE;
@@ -49,7 +51,8 @@ pub fn run(
     arguments: impl IntoIterator<Item = OsString>,
     environment: impl IntoIterator<Item = (OsString, OsString)>,
 ) -> ExitCode {
-    let (output, result) = match Cli::try_parse_from(arguments) {
+    let arguments: Vec<OsString> = arguments.into_iter().collect();
+    let (output, result) = match Cli::try_parse_from(&arguments) {
         Ok(cli) => {
             let context = Context {
                 environ: Environ::new(environment),
@@ -61,9 +64,8 @@ pub fn run(
             (context.output, carry_out(cli.command, &context))
         }
         Err(error) => {
-            let output = Output::new(Format::Text);
-            let exit = if error.use_stderr() { Exit::USAGE } else { Exit::DONE };
-            (output, output.clap(&error).map(|()| exit))
+            let output = Output::new(usage::format_of(&arguments));
+            (output, not_parsed(error, output))
         }
     };
     result
@@ -72,6 +74,17 @@ pub fn run(
             error.exit()
         })
         .into()
+}
+
+/// Help and the version are answers, as clap writes them; whatever else it has to say is an error like all others.
+fn not_parsed(error: clap::Error, output: Output) -> Result<Exit, CliError> {
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => output.clap(&error).map(|()| Exit::DONE),
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand if !output.is_json() => {
+            output.clap(&error).map(|()| Exit::USAGE)
+        }
+        _ => Err(usage::complaint(error)),
+    }
 }
 
 /// Before the first secret is read: no core dump, no debugger of the same user. What `exec` becomes must not inherit a
@@ -250,6 +263,11 @@ impl Environ {
         value.map(|value| value.to_str().ok_or_else(not_text)).transpose()
     }
 
+    /// Whether a variable is there and holds nothing.
+    pub(crate) fn is_empty(&self, name: &str) -> bool {
+        self.0.get(OsStr::new(name)).is_some_and(|value| value.is_empty())
+    }
+
     /// A variable that holds a path. One that is empty counts as not set.
     pub(crate) fn path(&self, name: &str) -> Option<&Path> {
         self.0.get(OsStr::new(name)).filter(|value| !value.is_empty()).map(Path::new)
@@ -289,7 +307,6 @@ fn without_newline(bytes: &[u8]) -> &[u8] {
 mod tests {
     use super::*;
     use clap::CommandFactory as _;
-    use clap::error::ErrorKind;
 
     /// A context as `claviger ARGUMENTS` would have it.
     pub(super) fn context(arguments: &[&str], variables: &[(&str, &str)]) -> Context {
@@ -376,6 +393,7 @@ mod tests {
         assert_eq!(environ.text("A").unwrap(), Some("text"));
         assert_eq!(environ.text("EMPTY").unwrap(), None);
         assert_eq!(environ.path("A"), Some(Path::new("text")));
+        assert!(environ.is_empty("EMPTY") && !environ.is_empty("A") && !environ.is_empty("MISSING"));
         assert!(environ.text("BYTES").unwrap_err().message.contains("BYTES"));
         assert_eq!(environ.iter().count(), 3);
     }

@@ -6,7 +6,7 @@
 //! With `--output json` an answer is one JSON document on one line (following the audit log: one per record). Members
 //! are added over time, never renamed or removed; what is not known or does not apply is `null`; times are RFC 3339 in
 //! UTC. Each subcommand's file shows its shape. An error is `{"error":{"reason","message","request_id"}}` on stderr.
-//! What clap finds wrong with the command line itself, and help, are always text.
+//! Help and the version are always text. No error shows the secret part of one of the broker's tokens.
 
 use std::fs::File;
 use std::io::{self, IsTerminal as _, Write as _};
@@ -105,7 +105,7 @@ impl Output {
         });
     }
 
-    /// What clap has to say, as it says it.
+    /// Help and the version, as clap writes them.
     pub(crate) fn clap(self, error: &clap::Error) -> Result<(), CliError> {
         let text = error.render().to_string();
         match error.use_stderr() {
@@ -157,7 +157,8 @@ fn ask_hidden(prompt: &str) -> Result<Zeroizing<String>, CliError> {
 
 /// One line: what, the stable code, the request. Where several things are wrong, a line for each follows.
 fn error_text(reason: Reason, error: &CliError) -> String {
-    let mut lines = error.message.lines().map(printable);
+    let message = without_tokens(&error.message);
+    let mut lines = message.lines().map(printable);
     let first = lines.next().unwrap_or_default();
     let request =
         error.request_id.as_deref().map(|id| format!(" (request {})", printable(id))).unwrap_or_default();
@@ -179,7 +180,8 @@ struct Fault<'a> {
 
 fn error_json(reason: Reason, error: &CliError) -> String {
     let request_id = error.request_id.as_deref();
-    let shape = ErrorShape { error: Fault { reason: reason.code(), message: &error.message, request_id } };
+    let message = without_tokens(&error.message);
+    let shape = ErrorShape { error: Fault { reason: reason.code(), message: &message, request_id } };
     // Three strings always make a document.
     serde_json::to_string(&shape).map(|document| document + "\n").unwrap_or_default()
 }
@@ -193,6 +195,22 @@ pub(crate) fn printable(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for c in text.chars() {
         if disruptive(c) { shown.extend(c.escape_default()) } else { shown.push(c) }
+    }
+    shown
+}
+
+/// The text without any of the broker's own tokens, wherever someone put one: `clv_…` is left of it.
+pub(crate) fn without_tokens(text: &str) -> String {
+    // An id alone has 16 characters; what is longer holds some of the secret.
+    const LONGEST_ID: usize = 16;
+    let mut parts = text.split("clv_");
+    let mut shown = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let foreign = |c: char| !(c.is_ascii_alphanumeric() || matches!(c, '_' | '-'));
+        let (token, rest) = part.split_at(part.find(foreign).unwrap_or(part.len()));
+        shown.push_str("clv_");
+        shown.push_str(if token.len() > LONGEST_ID { "…" } else { token });
+        shown.push_str(rest);
     }
     shown
 }
@@ -268,6 +286,22 @@ mod tests {
     #[test]
     fn foreign_text_moves_no_cursor() {
         assert_eq!(printable("a\tb\u{1b}[31m\u{202e}é"), "a\\tb\\u{1b}[31m\\u{202e}é");
+    }
+
+    #[test]
+    fn an_error_shows_no_token() {
+        let token = format!("clv_{}_{}", "0".repeat(16), "s3-cret_".repeat(5));
+        assert_eq!(without_tokens(&format!("a `{token}` and {token}")), "a `clv_…` and clv_…");
+        assert_eq!(
+            without_tokens("clv_0123456789abcdef, /etc/clv_file: x"),
+            "clv_0123456789abcdef, /etc/clv_file: x"
+        );
+        let error = CliError::usage(format!("no `{token}`"));
+        for shown in
+            [error_text(Reason::InvalidArgument, &error), error_json(Reason::InvalidArgument, &error)]
+        {
+            assert!(shown.contains("no `clv_…`"), "{shown}");
+        }
     }
 
     #[test]

@@ -143,7 +143,7 @@ impl From<ExpectationReport> for Case {
 impl Checked {
     fn of(args: FilesArgs, context: &Context, with_cases: bool) -> Result<Self, CliError> {
         let source = PolicySource::Directory(args.folder);
-        let policies = load(source.clone(), args.declared, context)?;
+        let policies = load(source.clone(), args.declared.environments(), context)?;
         let expectations = if with_cases { load_expectations(&source)? } else { Vec::new() };
         let cases: Vec<Case> =
             expectations.iter().map(|expectation| Case::from(expectation.check(&policies))).collect();
@@ -186,8 +186,8 @@ impl Case {
     }
 }
 
-fn load(source: PolicySource, declared: DeclaredArgs, context: &Context) -> Result<Policies, CliError> {
-    let registry = Registry::new(declared.environments())?;
+fn load(source: PolicySource, declared: Vec<Environment>, context: &Context) -> Result<Policies, CliError> {
+    let registry = Registry::new(declared)?;
     Ok(Policies::load(source, registry, Arc::clone(&context.clock))?)
 }
 
@@ -254,13 +254,28 @@ fn explain_files(args: ExplainArgs, resource: &Resource, context: &Context) -> R
     let (Some(folder), Some((kind, id))) = (args.folder, args.subject) else {
         return Err(CliError::usage("--policies needs --as: files don't know who you are"));
     };
-    let policies = load(PolicySource::Directory(folder), args.declared, context)?;
+    let declared = args.declared.environments();
+    undeclared(&declared, resource).iter().for_each(|notice| context.output.notice(notice));
+    let policies = load(PolicySource::Directory(folder), declared, context)?;
     let groups: BTreeSet<String> = args.groups.into_iter().collect();
     let proof = Proof { method: "supposed", detail: String::new() };
     let principal = Arc::new(Principal::new(kind, id, groups, claims(args.claims)?, proof));
     let asked = Asked { reason: context.global.reason.clone() };
     let explanation = policies.explain(&principal, args.action, resource, &asked);
     Ok(Explained::from_files(explanation, &principal, args.action, resource))
+}
+
+/// Said of an environment that there would not be: what is decided about it holds for no broker.
+fn undeclared(declared: &[Environment], resource: &Resource) -> Option<String> {
+    let asked = resource.environment()?;
+    if declared.iter().any(|environment| environment.name == *asked) {
+        return None;
+    }
+    let names: Vec<&str> = declared.iter().map(|environment| environment.name.as_str()).collect();
+    let names = names.join(", ");
+    Some(format!(
+        "environment {asked} is none of those supposed ({names}), so it counts as protected; add --declare {asked}"
+    ))
 }
 
 #[derive(Serialize)]
@@ -382,7 +397,7 @@ fn parse_declared(text: &str) -> Result<Environment, String> {
 }
 
 /// `user:ID` or `workload:ID`.
-fn parse_subject(text: &str) -> Result<(PrincipalKind, String), String> {
+pub(super) fn parse_subject(text: &str) -> Result<(PrincipalKind, String), String> {
     match text.split_once(':') {
         Some(("user", id)) if !id.is_empty() => Ok((PrincipalKind::User, id.to_owned())),
         Some(("workload", id)) if !id.is_empty() => Ok((PrincipalKind::Workload, id.to_owned())),
@@ -422,6 +437,16 @@ mod tests {
             shown,
             [("development", false), ("staging", false), ("pr-1234", false), ("production", true)]
         );
+    }
+
+    #[test]
+    fn an_environment_that_is_not_supposed_is_pointed_out() {
+        let supposed = DeclaredArgs { declared: Vec::new() }.environments();
+        let environment = |name| Resource::Environment(EnvironmentName::parse(name).unwrap());
+        let notice = undeclared(&supposed, &environment("nowhere")).unwrap();
+        assert!(notice.contains("nowhere") && notice.contains("--declare"), "{notice}");
+        assert_eq!(undeclared(&supposed, &environment("staging")), None);
+        assert_eq!(undeclared(&supposed, &Resource::Broker), None);
     }
 
     #[test]

@@ -19,7 +19,7 @@ use super::{CliError, Context, Exit, without_newline};
 use crate::client::{self, ClientError};
 use crate::error::Reason;
 use crate::proto::v1;
-use crate::secret::{Label, MAX_VALUE_BYTES, SecretName, SecretValue, VersionId};
+use crate::secret::{EnvironmentName, Label, MAX_VALUE_BYTES, SecretName, SecretValue, VersionId};
 
 /// What `put` takes.
 #[derive(clap::Args)]
@@ -39,7 +39,7 @@ pub(super) struct Args {
     #[arg(long)]
     allow_empty: bool,
     /// Version id to write under: with the same one, a retry changes nothing
-    #[arg(long, alias = "token", value_name = "ID", value_parser = parse_request_token)]
+    #[arg(long, value_name = "ID", value_parser = parse_request_token)]
     request_token: Option<VersionId>,
     /// Staging label for the version, instead of AWSCURRENT; may be repeated
     #[arg(long = "label", value_name = "LABEL")]
@@ -79,7 +79,11 @@ pub(super) async fn run(args: Args, context: &Context) -> Result<Exit, CliError>
         approval_id: String::new(),
     };
     let written = connect(context).await?.secrets().put_secret(request).await.map_err(ClientError::from);
-    let written = written.map_err(|error| retriable(error, &token))?.into_inner();
+    let failed = |error: ClientError| match args.create && error.reason == Reason::Conflict {
+        true => exists_already(error, &args.name, &environment),
+        false => retriable(error, &token),
+    };
+    let written = written.map_err(failed)?.into_inner();
     let version = written.version.ok_or_else(|| ClientError::malformed("holds no version"))?;
     let shape = Shape {
         environment: environment.as_str(),
@@ -110,6 +114,15 @@ impl Shape<'_> {
         let done = if self.changed { "written" } else { "was written before, nothing changed" };
         format!("{name} in {environment}: version {version_id} ({labels}) {done}")
     }
+}
+
+/// With `--create`, that something is there is the whole conflict.
+fn exists_already(error: ClientError, name: &SecretName, environment: &EnvironmentName) -> CliError {
+    let mut error = CliError::from(error);
+    error.message = format!(
+        "secret `{name}` in environment `{environment}` exists already; leave out --create to write a new version"
+    );
+    error
 }
 
 /// Where nobody knows whether the version was written, the caller learns how to ask again without harm.
@@ -287,10 +300,26 @@ mod tests {
     #[test]
     fn a_credential_does_not_become_a_version_id() {
         let credential = format!("clv_{}_{}", "0".repeat(16), "x".repeat(43));
-        let error = refusal(&["put", "db", "--token", &credential]);
+        let error = refusal(&["put", "db", "--request-token", &credential]);
         assert!(error.render().to_string().contains("--token-file"));
         assert!(parse_request_token(&"a".repeat(32)).is_ok());
         assert!(parse_request_token("short").is_err());
+        let error = refusal(&["put", "db", "--token", &credential]);
+        assert_eq!(error.kind(), clap::error::ErrorKind::UnknownArgument, "one word for one thing");
+    }
+
+    #[test]
+    fn what_can_not_be_created_can_be_written() {
+        let (name, environment) =
+            (SecretName::parse("db").unwrap(), EnvironmentName::parse("development").unwrap());
+        let conflict = ClientError {
+            reason: Reason::Conflict,
+            request_id: Some("r-1".to_owned()),
+            ..ClientError::malformed("x")
+        };
+        let error = exists_already(conflict, &name, &environment);
+        assert_eq!((error.reason, error.request_id.as_deref()), (Some(Reason::Conflict), Some("r-1")));
+        assert!(error.message.contains("exists already; leave out --create"), "{}", error.message);
     }
 
     #[test]

@@ -11,6 +11,7 @@ use super::connect::connect;
 use super::output;
 use super::{CliError, Context, Exit};
 use crate::client::ClientError;
+use crate::error::Reason;
 use crate::proto::v1;
 use crate::secret::{SecretName, VersionId};
 
@@ -30,6 +31,7 @@ pub(super) struct Args {
 /// Rolls back.
 pub(super) async fn run(args: Args, context: &Context) -> Result<Exit, CliError> {
     let environment = context.environment()?;
+    let to_previous = args.to.is_none();
     let request = v1::RollbackSecretRequest {
         environment: environment.to_string(),
         name: args.name.to_string(),
@@ -38,9 +40,8 @@ pub(super) async fn run(args: Args, context: &Context) -> Result<Exit, CliError>
         reason: context.reason(),
         approval_id: String::new(),
     };
-    let answer =
-        connect(context).await?.secrets().rollback_secret(request).await.map_err(ClientError::from)?;
-    let answer = answer.into_inner();
+    let answer = connect(context).await?.secrets().rollback_secret(request).await.map_err(ClientError::from);
+    let answer = answer.map_err(|error| failed(error, to_previous, &args.name))?.into_inner();
     let version = answer.version.ok_or_else(|| ClientError::malformed("holds no version"))?;
     let superseded = answer.superseded_version_id;
     let shape = Shape {
@@ -53,6 +54,18 @@ pub(super) async fn run(args: Args, context: &Context) -> Result<Exit, CliError>
     };
     context.output.answer(&shape, || shape.text())?;
     Ok(Exit::DONE)
+}
+
+/// Where there is nothing to go back to by itself, the caller learns how to choose.
+fn failed(error: ClientError, to_previous: bool, name: &SecretName) -> CliError {
+    let nothing_earlier = to_previous && error.reason == Reason::VersionNotFound;
+    let mut error = CliError::from(error);
+    if nothing_earlier {
+        error
+            .message
+            .push_str(&format!("; no earlier version, choose one with --to (claviger versions {name})"));
+    }
+    error
 }
 
 #[derive(Serialize)]
@@ -74,5 +87,24 @@ impl Shape<'_> {
             }
             None => format!("{name} in {environment}: version {version_id} is current"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_there_is_nothing_earlier_the_mend_is_said() {
+        let name = SecretName::parse("db").unwrap();
+        let shown = |reason, to_previous| {
+            let error = ClientError { reason, ..ClientError::malformed("x") };
+            failed(error, to_previous, &name).message
+        };
+        assert!(
+            shown(Reason::VersionNotFound, true).ends_with("choose one with --to (claviger versions db)")
+        );
+        assert!(!shown(Reason::VersionNotFound, false).contains("--to"), "one was chosen");
+        assert!(!shown(Reason::Denied, true).contains("--to"));
     }
 }

@@ -63,7 +63,7 @@ pub(super) struct SubjectArgs {
 /// What `token revoke` takes.
 #[derive(clap::Args)]
 pub(super) struct RevokeArgs {
-    /// Public id of the token, as `token list` shows it
+    /// Public id of the token, as `token list` shows it, or the token itself
     id: String,
 }
 
@@ -127,10 +127,30 @@ async fn list(context: &Context) -> Result<(), CliError> {
 }
 
 async fn revoke(args: RevokeArgs, context: &Context) -> Result<(), CliError> {
-    let request = v1::RevokeTokenRequest { id: args.id.clone(), reason: context.reason() };
+    let id = public_id(&args.id)?;
+    let request = v1::RevokeTokenRequest { id: id.to_owned(), reason: context.reason() };
     connect(context).await?.tokens().revoke_token(request).await.map_err(ClientError::from)?;
-    let id = args.id;
-    context.output.answer(&Revoked { id: &id }, || format!("token {}: revoked", output::printable(&id)))
+    context.output.answer(&Revoked { id }, || format!("token {id}: revoked"))
+}
+
+/// The public id, which may stand in its whole token: `clv_<id>_<secret>`. The secret goes nowhere.
+///
+/// # Errors
+/// A usage error for anything else, of which too little is repeated to be of use.
+fn public_id(given: &str) -> Result<&str, CliError> {
+    const DIGITS: usize = 16;
+    let id = match given.strip_prefix("clv_") {
+        Some(rest) => rest.split('_').next().unwrap_or_default(),
+        None => given,
+    };
+    if id.len() == DIGITS && id.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')) {
+        return Ok(id);
+    }
+    let head = output::printable(&given.chars().take(8).collect::<String>());
+    let dots = if given.chars().nth(8).is_some() { "…" } else { "" };
+    Err(CliError::usage(format!(
+        "`{head}{dots}` is no token's id; one has {DIGITS} digits of 0-9 and a-f, and `claviger token list` shows them"
+    )))
 }
 
 impl SubjectArgs {
@@ -287,6 +307,33 @@ mod tests {
         ] {
             assert_eq!(refusal(arguments).exit_code(), 2, "{arguments:?}");
         }
+    }
+
+    #[test]
+    fn a_token_is_known_by_its_id_alone() {
+        let id = "0123456789abcdef";
+        assert_eq!(public_id(id).unwrap(), id);
+        let secret = format!("s3cret_{}", "x".repeat(36));
+        assert_eq!(public_id(&format!("clv_{id}_{secret}")).unwrap(), id);
+        assert_eq!(public_id(&format!("clv_{id}")).unwrap(), id);
+        for bad in [
+            "",
+            "clv_",
+            "0123",
+            "0123456789ABCDEF",
+            "0123456789abcdefs3cret",
+            "clv__0123456789s3cret",
+            "\u{1b}s3",
+        ] {
+            let error = public_id(bad).unwrap_err();
+            assert_eq!(error.exit(), Exit::USAGE, "{bad}");
+            assert!(
+                !error.message.contains("s3cret") && !error.message.contains('\u{1b}'),
+                "{}",
+                error.message
+            );
+        }
+        assert!(public_id("0123456789s3cret").unwrap_err().message.starts_with("`01234567…` is no"));
     }
 
     #[test]
