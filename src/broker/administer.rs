@@ -109,10 +109,19 @@ impl Broker {
         let context = Context { reason: call.reason.clone() };
         let principal = subject.map_or_else(|| Arc::clone(&call.principal), Arc::new);
         let explanation = self.parts.policies.explain(&principal, action, resource, &context);
+        // A permission for what is not there would be no help; a refusal does not say whether it is.
+        let declared = match (explanation.effect, resource.environment()) {
+            (Effect::Allow, Some(environment)) => self.parts.registry.get(environment).map(|_| ()),
+            _ => Ok(()),
+        };
+        let explained = declared.map(|()| explanation).map_err(BrokerError::from);
         let record = record::of_resource(call, "explain_policy", action, resource, None);
-        let record = record.done().with_detail(format!("about {principal}"));
-        self.append(record, self.durability(resource)).await?;
-        Ok(explanation)
+        let record = match &explained {
+            Ok(_) => record.done(),
+            Err(error) => record.ended(error),
+        };
+        self.append(record.with_detail(format!("about {principal}")), self.durability(resource)).await?;
+        explained
     }
 
     /// Reads the policy files again; where they are not valid, the last good set stays.

@@ -77,7 +77,8 @@ pub(super) async fn run(args: Args, context: &Context) -> Result<Exit, CliError>
     let served = serving
         .await
         .map_err(|error| CliError::new(Reason::Internal, format!("the broker failed: {error}")))?;
-    let exit = ended?;
+    // What fails before the command runs must not be taken for the command's own end.
+    let exit = ended.map_err(|error| if error.is_of_command() { error } else { error.before_command() })?;
     served?;
     Ok(exit)
 }

@@ -142,6 +142,11 @@ impl CliError {
         Self { exit, ..self }
     }
 
+    /// Whether it says that the command, and not claviger, could not be started.
+    pub(crate) const fn is_of_command(&self) -> bool {
+        matches!(self.exit.0, 126 | 127)
+    }
+
     /// The exit code.
     pub(crate) const fn exit(&self) -> Exit {
         self.exit

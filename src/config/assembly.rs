@@ -180,6 +180,14 @@ impl Running {
         let policies =
             Policies::load(resolved.policy.clone(), resolved.registry.clone(), Arc::clone(&clock))?;
         warnings.extend(policies.warnings());
+        warnings.extend(resolved.registry.iter().filter(|environment| environment.parent.is_some()).map(
+            |environment| {
+                format!(
+                    "environments.{}.parent: is kept, but nothing is inherited in this version",
+                    environment.name
+                )
+            },
+        ));
         let stores = stores(resolved, &sealed, &clock).await?;
         let peers = PeerCredentials::new(resolved.peers.clone()).map_err(StartError::Config)?;
         let chain: Vec<Arc<dyn Authenticator>> = vec![Arc::clone(&tokens) as _, Arc::new(peers)];

@@ -226,7 +226,10 @@ impl Refusal {
     fn new(principal: &Principal, action: Action, resource: &Resource, decision: Arc<Decision>) -> Self {
         let message = match decision.effect {
             Effect::ApprovalRequired(approvals) => {
-                format!("{principal} may {action} {resource} only with {approvals} approvals by others")
+                format!(
+                    "{principal} may {action} {resource} only with {approvals} approvals by others, which this version \
+                     can't take yet"
+                )
             }
             Effect::Allow | Effect::Deny => {
                 format!("{principal} may not {action} {resource}; ask whoever keeps the policies")

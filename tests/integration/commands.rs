@@ -348,6 +348,12 @@ fn the_throw_away_broker_runs_a_command_and_goes() {
         .unwrap();
     assert_eq!(text(&output.stdout), "app@localhost:5432/app_development\n", "{}", text(&output.stderr));
     assert_eq!(output.status.code(), Some(3));
+    for (command, code) in [
+        (["dev", "-e", "nowhere", "--", "true"], 125),
+        (["dev", "-e", "staging", "--", "nosuchcommand"], 127),
+    ] {
+        assert_eq!(claviger(command).output().unwrap().status.code(), Some(code), "{command:?}");
+    }
 }
 
 #[test]
@@ -395,6 +401,7 @@ fn policies_and_the_log_answer_through_the_broker() {
         "team",
     ]);
     assert!(!text(&explained.stdout).contains("may not"), "{}", text(&explained.stdout));
+    program.fails(4, ["policy", "explain", "read", "database", "-e", "nowhere"]);
     let verified = program.ok(["audit", "verify"]);
     assert!(verified.contains("whole"), "{verified}");
     let records = program.ok(["audit", "query", "--limit", "1000", "--output", "json"]);
