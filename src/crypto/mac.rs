@@ -4,7 +4,7 @@ use ring::hmac;
 use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
 
-use super::memory::Locked;
+use super::memory::{Locked, wipe_stack_below};
 use super::root_key::{KEY_BYTES, RootKey};
 use super::{CryptoError, fill_random, length_of};
 
@@ -26,6 +26,13 @@ impl MacKey {
     /// # Errors
     /// [`CryptoError::Random`].
     pub fn create(root: &RootKey, context: &[&[u8]]) -> Result<(Self, Vec<u8>), CryptoError> {
+        let created = Self::created(root, context);
+        wipe_stack_below();
+        created
+    }
+
+    #[inline(never)]
+    fn created(root: &RootKey, context: &[&[u8]]) -> Result<(Self, Vec<u8>), CryptoError> {
         let mut bytes = Zeroizing::new([0_u8; KEY_BYTES]);
         fill_random(bytes.as_mut_slice())?;
         let wrapped = root.wrap_key(context, &bytes)?;
@@ -37,6 +44,13 @@ impl MacKey {
     /// # Errors
     /// [`CryptoError::WrongKey`], [`CryptoError::Tampered`], [`CryptoError::Malformed`].
     pub fn open(root: &RootKey, context: &[&[u8]], wrapped: &[u8]) -> Result<Self, CryptoError> {
+        let opened = Self::opened(root, context, wrapped);
+        wipe_stack_below();
+        opened
+    }
+
+    #[inline(never)]
+    fn opened(root: &RootKey, context: &[&[u8]], wrapped: &[u8]) -> Result<Self, CryptoError> {
         Ok(Self::new(&*root.unwrap_key(context, wrapped)?))
     }
 

@@ -38,6 +38,16 @@ pub fn harden_process() -> Vec<String> {
     [dumpable, core].into_iter().filter_map(Result::err).collect()
 }
 
+/// Overwrites the part of the stack that the functions just called have used: a key that is moved or returned by value
+/// leaves copies there, which nothing wipes. Called by whoever called them, so that its frame lies where theirs lay.
+#[inline(never)]
+pub(super) fn wipe_stack_below() {
+    const USED: usize = 64 * 1024;
+    let mut room = [0_u8; USED];
+    room.zeroize();
+    std::hint::black_box(&room);
+}
+
 /// A value in locked pages of its own, wiped when it goes. Reads as the value.
 ///
 /// Locking is best effort: what failed is in [`shortfalls`](Self::shortfalls).

@@ -9,9 +9,9 @@
 //! its length, so that no two lists read alike.
 //!
 //! What wiping does not reach: `ring` builds its key schedules on the stack and never wipes them. Those of the root
-//! key and the integrity key are moved into a locked page and wiped there; a copy of each stays on the stack of the
-//! thread that loaded it until the stack is used again, and so does the schedule of a data key while its one value
-//! is sealed or opened.
+//! key and of the keys for MACs are moved into a locked page and wiped there, and the stack that was used to load them is
+//! overwritten. The schedule of a data key stays on the stack, after its one value was sealed or opened, until the stack
+//! is used again.
 
 mod envelope;
 mod key_file;

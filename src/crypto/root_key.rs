@@ -10,7 +10,7 @@ use zeroize::Zeroizing;
 
 use super::fill_random;
 use super::key_file::{KeyError, KeyProblem, create_key_file, read_credential, read_key_file};
-use super::memory::Locked;
+use super::memory::{Locked, wipe_stack_below};
 
 /// The size of a root key, a data key and an integrity key.
 pub const KEY_BYTES: usize = 32;
@@ -108,6 +108,13 @@ impl RootKey {
     /// # Errors
     /// [`KeyProblem::Random`].
     pub fn generate() -> Result<Self, KeyError> {
+        let key = Self::generated();
+        wipe_stack_below();
+        key
+    }
+
+    #[inline(never)]
+    fn generated() -> Result<Self, KeyError> {
         let mut bytes = Zeroizing::new([0_u8; KEY_BYTES]);
         fill_random(bytes.as_mut_slice()).map_err(|_| KeyError::new("new root key", KeyProblem::Random))?;
         Self::from_bytes(&bytes)
@@ -118,6 +125,13 @@ impl RootKey {
     /// # Errors
     /// [`KeyProblem::Cipher`].
     pub fn from_bytes(bytes: &[u8; KEY_BYTES]) -> Result<Self, KeyError> {
+        let key = Self::built(bytes);
+        wipe_stack_below();
+        key
+    }
+
+    #[inline(never)]
+    fn built(bytes: &[u8; KEY_BYTES]) -> Result<Self, KeyError> {
         let key = UnboundKey::new(&AES_256_GCM, bytes)
             .map_err(|_| KeyError::new("root key", KeyProblem::Cipher))?;
         let material = Locked::new(Material { bytes: *bytes, aead: LessSafeKey::new(key) });
@@ -132,6 +146,13 @@ impl RootKey {
     /// # Errors
     /// [`Reason::InvalidKey`](crate::error::Reason::InvalidKey), each fault with a message of its own.
     pub fn load(source: &RootKeySource) -> Result<(Self, Option<String>), KeyError> {
+        let key = Self::loaded(source);
+        wipe_stack_below();
+        key
+    }
+
+    #[inline(never)]
+    fn loaded(source: &RootKeySource) -> Result<(Self, Option<String>), KeyError> {
         match source {
             RootKeySource::File(path) => {
                 let content = read_key_file(path, MAX_FILE_BYTES)?;
