@@ -354,7 +354,7 @@ async fn tokens_end_when_they_are_told_and_when_they_expire() {
     assert_eq!((known.id(), known.proof().detail.as_str()), ("orders", record.id.as_str()));
 
     // The secret is nowhere in the store, as text or as bytes.
-    let text = secret.expose_text().unwrap().rsplit('_').next().unwrap().to_owned();
+    let text = secret.expose_text().unwrap().splitn(3, '_').nth(2).unwrap().to_owned();
     let entry =
         claviger::kv::Kv::get(&*kv, format!("token/{}", record.id).as_bytes()).await.unwrap().unwrap();
     let stored = String::from_utf8_lossy(&entry.value);
