@@ -206,8 +206,9 @@ async fn strangers_over_tcp_see_health_and_nothing_else() {
     // What is not gRPC is turned away, and the broker lives on.
     for rubbish in [&b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"[..], b"\x16\x03\x01\x02\x00", &[0; 512]] {
         let mut stream = std::net::TcpStream::connect(address.strip_prefix("http://").unwrap()).unwrap();
-        stream.write_all(rubbish).unwrap();
-        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        // The broker may have closed the connection already: it owes rubbish nothing.
+        let _ = stream.write_all(rubbish);
+        let _ = stream.shutdown(std::net::Shutdown::Write);
         let mut answer = Vec::new();
         let _ = stream.read_to_end(&mut answer);
         assert!(!String::from_utf8_lossy(&answer).contains("200 OK"));
