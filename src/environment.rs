@@ -7,11 +7,12 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use serde::Deserialize;
 
 use crate::clock::parse_duration;
 use crate::error::{Reason, Reasoned};
-use crate::secret::EnvironmentName;
+use crate::secret::{EnvironmentName, SecretName};
 
 /// When an audit record must be on the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
@@ -71,6 +72,60 @@ pub struct Config {
     pub parent: Option<EnvironmentName>,
     /// `durable` (default) or `relaxed`.
     pub audit: Option<Durability>,
+    /// Secrets that are never cached: names, or beginnings of names that end with `*`. At most 256.
+    pub uncached: Option<Vec<String>>,
+    /// Where callers over a network may be: CIDR ranges or addresses, at most 256; left out: anywhere. Callers over a
+    /// Unix socket are on this machine and pass.
+    pub source_addresses: Option<Vec<String>>,
+}
+
+/// Which secrets are meant: one name, or all names that begin alike.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NamePattern {
+    /// This one.
+    Name(SecretName),
+    /// Those that begin with this.
+    Prefix(String),
+}
+
+impl NamePattern {
+    /// Parses a name, or the beginning of names with a `*` behind it.
+    ///
+    /// # Errors
+    /// What is wrong with it and the mend.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        if let Some(prefix) = text.strip_suffix('*') {
+            let fits = |c: char| c.is_ascii_alphanumeric() || "/_+=.@-".contains(c);
+            return match prefix.len() <= 512 && prefix.chars().all(fits) {
+                true => Ok(Self::Prefix(prefix.to_owned())),
+                false => Err(format!("`{}`: has characters that no name has", text.escape_default())),
+            };
+        }
+        SecretName::parse(text).map(Self::Name).map_err(|error| error.to_string())
+    }
+
+    /// Whether `name` is one of those meant.
+    #[must_use]
+    pub fn fits(&self, name: &SecretName) -> bool {
+        match self {
+            Self::Name(only) => only == name,
+            Self::Prefix(prefix) => name.as_str().starts_with(prefix),
+        }
+    }
+}
+
+/// A CIDR range; an address alone is the range that holds nothing else.
+///
+/// # Errors
+/// What is wrong with it and the mend.
+pub fn parse_range(text: &str) -> Result<IpNet, String> {
+    let shown = || text.escape_default().take(64).collect::<String>();
+    let range = text.parse::<IpNet>().or_else(|_| text.parse::<std::net::IpAddr>().map(IpNet::from));
+    let range = range.map_err(|_| format!("`{}` is no address and no range such as 10.0.0.0/8", shown()))?;
+    if range.addr() != range.network() {
+        return Err(format!("`{}` has bits behind its prefix; write {}", shown(), range.trunc()));
+    }
+    Ok(range)
 }
 
 /// A declared environment.
@@ -92,6 +147,10 @@ pub struct Environment {
     pub parent: Option<EnvironmentName>,
     /// When its audit records must be on the disk.
     pub durability: Durability,
+    /// Secrets that are never cached.
+    pub uncached: Vec<NamePattern>,
+    /// Where callers over a network may be; empty: anywhere.
+    pub source_addresses: Vec<IpNet>,
 }
 
 impl Environment {
@@ -108,7 +167,16 @@ impl Environment {
             protected: false,
             parent: None,
             durability: Durability::Durable,
+            uncached: Vec::new(),
+            source_addresses: Vec::new(),
         }
+    }
+
+    /// Whether a caller may be there, whoever it is.
+    #[must_use]
+    pub fn admits(&self, source: Option<std::net::IpAddr>) -> bool {
+        let Some(source) = source else { return true };
+        self.source_addresses.is_empty() || self.source_addresses.iter().any(|range| range.contains(&source))
     }
 }
 
@@ -251,9 +319,25 @@ fn resolve(name: EnvironmentName, table: Config) -> Result<Environment, Environm
         protected: table.protected.unwrap_or(false),
         parent: table.parent,
         durability: table.audit.unwrap_or_default(),
+        uncached: each("uncached", table.uncached, NamePattern::parse).map_err(&refuse)?,
+        source_addresses: each("source_addresses", table.source_addresses, parse_range).map_err(&refuse)?,
         store,
         ..defaults
     })
+}
+
+/// Parses each text of a list that has a bound.
+fn each<T>(
+    key: &str,
+    texts: Option<Vec<String>>,
+    parse: impl Fn(&str) -> Result<T, String>,
+) -> Result<Vec<T>, String> {
+    const MOST: usize = 256;
+    let texts = texts.unwrap_or_default();
+    if texts.len() > MOST {
+        return Err(format!("{key}: {} given; at most {MOST} are permitted", texts.len()));
+    }
+    texts.iter().map(|text| parse(text).map_err(|problem| format!("{key}: {problem}"))).collect()
 }
 
 /// Refuses endpoints over plain HTTP that leave the machine, and a template that would map two secrets to one name.

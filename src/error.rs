@@ -88,12 +88,18 @@ reasons! {
     WrongKey = "WRONG_KEY",
     /// A key file, credential or variable does not hold a usable key.
     InvalidKey = "INVALID_KEY",
+    /// A certificate, its key or a certificate authority can't be used.
+    InvalidCertificate = "INVALID_CERTIFICATE",
     /// A policy set does not parse, validate or satisfy the house rules.
     InvalidPolicy = "INVALID_POLICY",
     /// A configuration file or manifest is not valid.
     InvalidConfig = "INVALID_CONFIG",
-    /// A size, count or rate limit was reached.
+    /// A size or count is over its bound.
     LimitExceeded = "LIMIT_EXCEEDED",
+    /// The caller asks more often than it may; worth another try, later.
+    RateLimited = "RATE_LIMITED",
+    /// A watcher did not take what it was told for too long.
+    SlowConsumer = "SLOW_CONSUMER",
     /// The deadline passed first.
     DeadlineExceeded = "DEADLINE_EXCEEDED",
     /// The broker is shutting down or can't be reached.

@@ -50,6 +50,8 @@ async fn cache_many() {
         negative_ttl: Duration::from_secs(5),
         stale_for: Duration::from_secs(3_600),
         capacity_bytes: Resolved::CACHE_BYTES,
+        answer_within: Settings::ANSWER_WITHIN,
+        uncached: Vec::new(),
     };
     let cache = Cache::new(Arc::new(Endless), settings, SystemClock::shared());
     read(&cache, 0..BEFORE).await;

@@ -11,12 +11,12 @@ use claviger::config::assembly::Running;
 use claviger::config::{Resolved, RootKeyChoice};
 use claviger::environment::{Durability, Environment, Registry};
 use claviger::identity::token::TokenRequest;
-use claviger::identity::{Principal, PrincipalKind, peer_credentials};
+use claviger::identity::{Principal, PrincipalKind};
 use claviger::policy::PolicySource;
 use claviger::proto::v1;
 use claviger::proto::v1::secret_service_server::{SecretService, SecretServiceServer};
 use claviger::secret::{SecretId, SecretValue, VersionId};
-use claviger::server::{Limits, Listen};
+use claviger::server::Listen;
 use claviger::store::Put;
 use tokio::sync::watch;
 use tonic::{Request, Response, Status};
@@ -54,6 +54,15 @@ macro_rules! echo {
                 Ok(Response::new(self.0.clone()))
             }
 
+            type WatchSecretsStream = tokio_stream::Empty<Result<v1::WatchSecretsResponse, Status>>;
+
+            async fn watch_secrets(
+                &self,
+                _: Request<v1::WatchSecretsRequest>,
+            ) -> Result<Response<Self::WatchSecretsStream>, Status> {
+                Err(Status::unimplemented("the echo only reads"))
+            }
+
             $(async fn $name(&self, _: Request<v1::$request>) -> Result<Response<v1::$response>, Status> {
                 Err(Status::unimplemented("the echo only reads"))
             })+
@@ -70,6 +79,8 @@ echo! {
     rollback_secret: RollbackSecretRequest -> RollbackSecretResponse,
     delete_secret: DeleteSecretRequest -> DeleteSecretResponse,
     restore_secret: RestoreSecretRequest -> RestoreSecretResponse,
+    report_version_in_use: ReportVersionInUseRequest -> ReportVersionInUseResponse,
+    list_consumers: ListConsumersRequest -> ListConsumersResponse,
 }
 
 async fn serve_echo() {
@@ -94,18 +105,12 @@ async fn serve_echo() {
 async fn serve_broker(name: &str, durability: Durability, folder: &Path) {
     let mut environment = Environment::sealed("production".parse().unwrap());
     environment.durability = durability;
+    let root_key = RootKeyChoice::File(folder.join(format!("{name}.key")));
+    let registry = Registry::new([environment]).unwrap();
     let resolved = Resolved {
-        directory: folder.join(name),
         listen: vec![Listen::Tcp("127.0.0.1:0".parse().unwrap())],
-        limits: Limits::default(),
-        root_key: RootKeyChoice::File(folder.join(format!("{name}.key"))),
-        policy: PolicySource::shipped(),
         instance: "benchmark".to_owned(),
-        retention: Resolved::RETENTION,
-        peers: peer_credentials::Config::default(),
-        cache_bytes: Resolved::CACHE_BYTES,
-        registry: Registry::new([environment]).unwrap(),
-        accept_loss: false,
+        ..Resolved::new(folder.join(name), root_key, PolicySource::shipped(), registry)
     };
     let running = Running::start(&resolved, &|_| None, SystemClock::shared()).await.unwrap();
     let token = prepare(&running).await;
@@ -131,6 +136,8 @@ async fn prepare(running: &Running) -> String {
         principal: "reader".to_owned(),
         groups: BTreeSet::from(["operators".to_owned()]),
         claims: BTreeMap::new(),
+        environments: BTreeSet::new(),
+        source_addresses: Vec::new(),
         expires_in: Duration::from_secs(3_600),
         created_by: "benchmark".to_owned(),
     };

@@ -14,6 +14,7 @@ use ring::digest;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::ser::Formatter;
 
+use super::checkpoint::Checkpoint;
 use super::{AuditError, Kind, Record};
 
 /// The longest line that a reader takes into memory, in bytes without the newline. What the writer makes is shorter
@@ -121,9 +122,8 @@ pub(super) enum Notice {
     Start { version: String, unsigned: u64 },
     /// The log was closed in good order.
     Shutdown {},
-    /// `key` signs the [`Statement`](super::checkpoint::Statement) that `head` was the hash of the record before, and
-    /// that the stores had seen `generation` changes.
-    Checkpoint { head: ChainHash, generation: u64, key: String, signature: String },
+    /// A key signs where the chain stands, and that the stores had seen so many changes.
+    Checkpoint(Checkpoint),
     /// So many bytes with this SHA-256 were cut off the end of `segment`.
     Repaired { segment: String, bytes: u64, sha256: ChainHash },
     /// `segment`, which ended with the record before this one, is no longer what was written; or it was the last when
@@ -146,7 +146,7 @@ impl Entry {
             Self::Record(record) => record.kind.unwrap_or(Kind::Access),
             Self::Notice(Notice::Start { .. }) => Kind::Start,
             Self::Notice(Notice::Shutdown {}) => Kind::Shutdown,
-            Self::Notice(Notice::Checkpoint { .. }) => Kind::Checkpoint,
+            Self::Notice(Notice::Checkpoint(_)) => Kind::Checkpoint,
             Self::Notice(Notice::Repaired { .. }) => Kind::Repaired,
             Self::Notice(Notice::Lost { .. }) => Kind::Lost,
             Self::Notice(Notice::Retention { .. }) => Kind::Retention,
@@ -448,12 +448,13 @@ mod tests {
         for notice in [
             Notice::Start { version: "0.1.0".to_owned(), unsigned: 3 },
             Notice::Shutdown {},
-            Notice::Checkpoint {
+            Notice::Checkpoint(Checkpoint {
                 head: hash,
                 generation: u64::MAX,
                 key: "k".to_owned(),
                 signature: "s".to_owned(),
-            },
+                handover: None,
+            }),
             Notice::Repaired { segment: "1.jsonl".to_owned(), bytes: 4, sha256: hash },
             Notice::Lost { segment: "1.jsonl".to_owned(), problem: "deleted".to_owned() },
             Notice::Retention { first: 9, first_prev: hash, removed: 1 },

@@ -4,28 +4,35 @@
 //! checked with nothing but the log and an Ed25519 tool:
 //!
 //! ```text
-//! claviger audit checkpoint v1
-//! <instance>
-//! <sequence of the record before>
-//! <hash of the record before, 64 hex digits>
-//! <generation>
-//! <time of the checkpoint's own line, as it stands there>
+//! claviger audit checkpoint v1                                  claviger audit handover v1
+//! <instance>                                                    <instance>
+//! <sequence of the record before>                               <sequence of the record before>
+//! <hash of the record before, 64 hex digits>                    <hash of the record before, 64 hex digits>
+//! <generation>                                                  <generation>
+//! <time of the checkpoint's own line, as it stands there>       <time of the checkpoint's own line>
+//!                                                               key <the key that signs for the last time, 64 hex digits>
+//!                                                               next <the key that signs from here on, 64 hex digits>
 //! ```
 //!
-//! No part can hold a newline, so that no two statements read alike.
+//! No part can hold a newline, so that no two statements read alike. A handover is signed by both keys: by the one in
+//! force, or anyone could name a successor, and by the next, or the one in force could name a key that nobody holds. Its
+//! line is complete: whether both signatures fit can be told without any other key, and whoever trusts one of the two
+//! may trust the other, the next from there on, the former up to there.
 
+use std::borrow::Cow;
 use std::fmt;
 
 use data_encoding::{BASE64, HEXLOWER, HEXLOWER_PERMISSIVE};
 use ring::digest;
 use ring::rand::{SecureRandom, SystemRandom};
 use ring::signature::{ED25519, Ed25519KeyPair, KeyPair, UnparsedPublicKey};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use zeroize::Zeroizing;
 
 use super::AuditError;
-use super::chain::{Frame, Head};
+use super::chain::{ChainHash, Frame, Head};
 
-/// What a checkpoint says.
+/// What a checkpoint vouches for.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Statement<'a> {
     pub(super) instance: &'a str,
@@ -36,19 +43,85 @@ pub(super) struct Statement<'a> {
     pub(super) time: &'a str,
 }
 
-impl<'a> Statement<'a> {
-    /// What the checkpoint on this line should say.
-    pub(super) fn of(instance: &'a str, line: &Frame<'a>, generation: u64) -> Self {
-        let head = Head { seq: line.seq.saturating_sub(1), hash: line.prev };
-        Self { instance, head, generation, time: line.time }
-    }
+/// From which key to which one the log is handed over.
+type Heirs = (VerifyingKey, VerifyingKey);
 
-    fn text(&self) -> String {
+impl Statement<'_> {
+    /// What is signed.
+    fn text(&self, heirs: Option<Heirs>) -> String {
         let Self { instance, head, generation, time } = self;
+        let (title, heirs) = match heirs {
+            None => ("checkpoint", String::new()),
+            Some((key, next)) => ("handover", format!("key {key}\nnext {next}\n")),
+        };
         format!(
-            "claviger audit checkpoint v1\n{instance}\n{}\n{}\n{generation}\n{time}\n",
+            "claviger audit {title} v1\n{instance}\n{}\n{}\n{generation}\n{time}\n{heirs}",
             head.seq, head.hash
         )
+    }
+}
+
+/// What a checkpoint's line says. The order of the fields is the order on the line.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Checkpoint {
+    /// The hash of the record before.
+    pub(super) head: ChainHash,
+    /// How many changes the stores had seen.
+    pub(super) generation: u64,
+    /// The id of the key that signs.
+    pub(super) key: String,
+    pub(super) signature: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) handover: Option<Handover>,
+}
+
+/// How a checkpoint hands the log over to another key.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Handover {
+    /// The key that signs, for the last time.
+    pub(super) key: VerifyingKey,
+    /// The key that signs from here on.
+    pub(super) next_key: VerifyingKey,
+    /// The next key's signature over what `key` signs as well.
+    pub(super) next_signature: String,
+}
+
+impl Checkpoint {
+    /// Signs a statement with `key`, and hands over to `next` where there is one.
+    pub(super) fn new(statement: &Statement<'_>, key: &SigningKey, next: Option<&SigningKey>) -> Self {
+        let text = statement.text(next.map(|next| (key.public, next.public)));
+        let handover = next.map(|next| Handover {
+            key: key.public,
+            next_key: next.public,
+            next_signature: next.sign(&text),
+        });
+        Self {
+            head: statement.head.hash,
+            generation: statement.generation,
+            key: key.id.clone(),
+            signature: key.sign(&text),
+            handover,
+        }
+    }
+
+    /// Whether `signer` signed that the chain stood where the line stands; where it hands over, whether the next key
+    /// signed that too.
+    pub(super) fn fits(&self, instance: &str, line: &Frame<'_>, signer: &VerifyingKey) -> bool {
+        let head = Head { seq: line.seq.saturating_sub(1), hash: line.prev };
+        let statement = Statement { instance, head, generation: self.generation, time: line.time };
+        let text = statement.text(self.handover.as_ref().map(|handover| (handover.key, handover.next_key)));
+        self.head == line.prev
+            && self.key == signer.id()
+            && signer.admits(&text, &self.signature)
+            && self.handover.as_ref().is_none_or(|handover| handover.fits(&text, signer))
+    }
+}
+
+impl Handover {
+    fn fits(&self, text: &str, signer: &VerifyingKey) -> bool {
+        self.key == *signer && self.next_key != *signer && self.next_key.admits(text, &self.next_signature)
     }
 }
 
@@ -102,9 +175,9 @@ impl SigningKey {
         &self.id
     }
 
-    /// The statement's signature in Base64.
-    pub(super) fn sign(&self, statement: &Statement<'_>) -> String {
-        BASE64.encode(self.pair.sign(statement.text().as_bytes()).as_ref())
+    /// The signature over `text` in Base64.
+    fn sign(&self, text: &str) -> String {
+        BASE64.encode(self.pair.sign(text.as_bytes()).as_ref())
     }
 }
 
@@ -143,6 +216,19 @@ impl VerifyingKey {
         Self::from_bytes(&bytes)
     }
 
+    /// Reads several, one on each line, as `audit.pub` holds them; empty lines don't count.
+    ///
+    /// # Errors
+    /// [`AuditError::Key`]; also where there is none.
+    pub fn parse_list(text: &str) -> Result<Vec<Self>, AuditError> {
+        let lines = text.lines().filter(|line| !line.trim().is_empty());
+        let keys = lines.map(Self::parse).collect::<Result<Vec<_>, _>>()?;
+        if keys.is_empty() {
+            return Err(refused("it holds no public key; it is 64 hexadecimal digits on each line"));
+        }
+        Ok(keys)
+    }
+
     /// The 32 bytes.
     #[must_use]
     pub const fn as_bytes(&self) -> &[u8; 32] {
@@ -163,10 +249,10 @@ impl VerifyingKey {
         id
     }
 
-    /// Whether `signature`, in Base64, is this key's over the statement.
-    pub(super) fn admits(&self, statement: &Statement<'_>, signature: &str) -> bool {
+    /// Whether `signature`, in Base64, is this key's over `text`.
+    fn admits(&self, text: &str, signature: &str) -> bool {
         BASE64.decode(signature.as_bytes()).is_ok_and(|signature| {
-            UnparsedPublicKey::new(&ED25519, &self.0).verify(statement.text().as_bytes(), &signature).is_ok()
+            UnparsedPublicKey::new(&ED25519, &self.0).verify(text.as_bytes(), &signature).is_ok()
         })
     }
 }
@@ -183,6 +269,21 @@ impl fmt::Debug for VerifyingKey {
     }
 }
 
+impl Serialize for VerifyingKey {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for VerifyingKey {
+    /// Takes what [`to_hex`](Self::to_hex) gives and nothing else, so that a key has one spelling on a line.
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = <Cow<'de, str>>::deserialize(deserializer)?;
+        let bytes = HEXLOWER.decode(text.as_bytes()).map_err(serde::de::Error::custom)?;
+        Self::from_bytes(&bytes).map_err(serde::de::Error::custom)
+    }
+}
+
 /// Whoever reads a key from a file puts the file's name in place of this one.
 fn refused(problem: impl Into<String>) -> AuditError {
     AuditError::Key { path: "(as given)".to_owned(), problem: problem.into() }
@@ -191,7 +292,7 @@ fn refused(problem: impl Into<String>) -> AuditError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::audit::chain::ChainHash;
+    use crate::audit::chain::{Entry, Fields, Lines, Notice};
     use crate::error::{Reason, Reasoned};
 
     fn key() -> SigningKey {
@@ -203,32 +304,116 @@ mod tests {
         Statement { instance: "a", head, generation: 41, time: "2026-01-02T03:04:05Z" }
     }
 
+    /// The line on which a checkpoint of `statement` stands.
+    fn line(statement: &Statement<'_>, checkpoint: &Checkpoint) -> String {
+        let mut lines = Lines::new(statement.instance);
+        let fields = Fields::of_notice(&Notice::Checkpoint(checkpoint.clone())).unwrap();
+        lines.push(statement.head, statement.time, &fields);
+        String::from_utf8(lines.bytes().to_vec()).unwrap().trim_end().to_owned()
+    }
+
+    /// Whether a checkpoint fits where a statement says that it stands.
+    fn fits(statement: &Statement<'_>, checkpoint: &Checkpoint, signer: &SigningKey) -> bool {
+        let line = line(statement, checkpoint);
+        let frame = Frame::parse(line.as_bytes()).unwrap();
+        assert_eq!(frame.entry().unwrap(), Entry::Notice(Notice::Checkpoint(checkpoint.clone())));
+        checkpoint.fits(statement.instance, &frame, &signer.public)
+    }
+
     #[test]
     fn a_statement_reads_as_it_is_drawn() {
-        let text = statement().text();
         let hash = ChainHash::genesis("a");
-        assert_eq!(text, format!("claviger audit checkpoint v1\na\n7\n{hash}\n41\n2026-01-02T03:04:05Z\n"));
+        let place = format!("a\n7\n{hash}\n41\n2026-01-02T03:04:05Z\n");
+        assert_eq!(statement().text(None), format!("claviger audit checkpoint v1\n{place}"));
+        let (one, other) = (key().public, key().public);
+        assert_eq!(
+            statement().text(Some((one, other))),
+            format!("claviger audit handover v1\n{place}key {one}\nnext {other}\n")
+        );
     }
 
     #[test]
     fn a_signature_fits_one_statement_and_one_key() {
-        let key = key();
-        let signature = key.sign(&statement());
-        let public = key.verifying_key();
-        assert!(public.admits(&statement(), &signature));
-        let seven = statement().head;
-        for other in [
-            Statement { instance: "b", ..statement() },
-            Statement { head: Head { seq: 8, ..seven }, ..statement() },
-            Statement { head: Head { hash: ChainHash::genesis("b"), ..seven }, ..statement() },
-            Statement { generation: 42, ..statement() },
-            Statement { time: "2026-01-02T03:04:06Z", ..statement() },
-        ] {
-            assert!(!public.admits(&other, &signature), "{other:?}");
+        let (key, next) = (key(), key());
+        for next in [None, Some(&next)] {
+            let checkpoint = Checkpoint::new(&statement(), &key, next);
+            assert!(fits(&statement(), &checkpoint, &key));
+            assert!(!fits(&statement(), &checkpoint, &self::key()));
+            let seven = statement().head;
+            for other in [
+                Statement { instance: "b", ..statement() },
+                Statement { head: Head { seq: 8, ..seven }, ..statement() },
+                Statement { head: Head { hash: ChainHash::genesis("b"), ..seven }, ..statement() },
+                Statement { time: "2026-01-02T03:04:06Z", ..statement() },
+            ] {
+                assert!(!fits(&other, &checkpoint, &key), "{other:?}");
+            }
+            let generation = Checkpoint { generation: 42, ..checkpoint.clone() };
+            assert!(!fits(&statement(), &generation, &key));
+            for bad in ["", "!", "AAAA", &checkpoint.signature.to_lowercase()] {
+                let bad = Checkpoint { signature: bad.to_owned(), ..checkpoint.clone() };
+                assert!(!fits(&statement(), &bad, &key), "{bad:?}");
+            }
         }
-        assert!(!self::key().verifying_key().admits(&statement(), &signature));
-        for bad in ["", "!", "AAAA", &signature.to_lowercase()] {
-            assert!(!public.admits(&statement(), bad), "{bad}");
+    }
+
+    #[test]
+    fn a_handover_takes_both_keys_and_is_nothing_else() {
+        let (key, next, stranger) = (key(), key(), key());
+        let good = Checkpoint::new(&statement(), &key, Some(&next));
+        let plain = Checkpoint::new(&statement(), &key, None);
+        let handover = good.handover.clone().unwrap();
+        assert!(fits(&statement(), &good, &key));
+        assert!(!fits(&statement(), &good, &next), "the next key's signature is no checkpoint of its own");
+        for handover in [
+            Handover { next_key: stranger.public, ..handover.clone() },
+            Handover { key: stranger.public, ..handover.clone() },
+            Handover { key: next.public, next_key: key.public, ..handover.clone() },
+            Handover { next_signature: good.signature.clone(), ..handover.clone() },
+            Handover { next_signature: String::new(), ..handover.clone() },
+        ] {
+            let bad = Checkpoint { handover: Some(handover), ..good.clone() };
+            assert!(!fits(&statement(), &bad, &key), "{bad:?}");
+        }
+        for bad in [
+            Checkpoint { handover: None, ..good.clone() },
+            Checkpoint { handover: Some(handover.clone()), ..plain.clone() },
+            Checkpoint { key: next.id.clone(), ..good.clone() },
+            Checkpoint { signature: handover.next_signature.clone(), ..good.clone() },
+        ] {
+            assert!(!fits(&statement(), &bad, &key), "{bad:?}");
+        }
+        let signature = handover.next_signature.clone();
+        let by_next = Checkpoint { key: next.id.clone(), signature, handover: None, ..good.clone() };
+        assert!(!fits(&statement(), &by_next, &next), "nor does it make one");
+        let to_itself = Checkpoint::new(&statement(), &key, Some(&key));
+        assert!(!fits(&statement(), &to_itself, &key));
+    }
+
+    #[test]
+    fn half_a_handover_is_no_checkpoint() {
+        let (key, next) = (key(), key());
+        let good = line(&statement(), &Checkpoint::new(&statement(), &key, Some(&next)));
+        let text = next.public.to_hex();
+        for bad in [
+            good.replace(r#","next_signature":""#, r#","signature":""#),
+            good.replace(&format!(r#","next_key":"{text}""#), ""),
+            good.replace(&text, &text.to_uppercase()),
+            good.replace(&text, &text[2..]),
+            good.replace(r#""handover":{"#, r#""handover":{"more":1,"#),
+        ] {
+            assert_ne!(bad, good);
+            assert!(Frame::parse(bad.as_bytes()).unwrap().entry().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn keys_are_read_a_line_each() {
+        let (one, other) = (key().public, key().public);
+        assert_eq!(VerifyingKey::parse_list(&format!("{one}\n")).unwrap(), [one]);
+        assert_eq!(VerifyingKey::parse_list(&format!("\n {one}\r\n\n{other}")).unwrap(), [one, other]);
+        for bad in ["", "\n \n", "x", &format!("{one} {other}"), &format!("{one}\nx\n")] {
+            assert_eq!(VerifyingKey::parse_list(bad).unwrap_err().reason(), Reason::InvalidKey, "{bad}");
         }
     }
 

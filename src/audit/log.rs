@@ -2,15 +2,17 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use jiff::Timestamp;
 use tokio::sync::broadcast;
 
 use super::chain::Fields;
-use super::checkpoint::SigningKey;
-use super::queue::{Queue, Submission};
+use super::checkpoint::{SigningKey, VerifyingKey};
+use super::figures::Figures;
+use super::queue::{Queue, Work};
 use super::segment::unavailable;
 use super::writer::Writer;
 use super::{Anchor, AuditError, Record};
@@ -41,6 +43,9 @@ pub struct Settings {
     /// [`generation`](Self::generation) than it vouches for, and records each as lost. Checkpoints then vouch for the
     /// stores as they are. Default `false`.
     pub accept_loss: bool,
+    /// The keys that signed this log before the one that it is opened with, oldest first. They are only passed on, by
+    /// [`Log::verifying_keys`]. Default none.
+    pub former_keys: Vec<VerifyingKey>,
 }
 
 impl Settings {
@@ -55,6 +60,7 @@ impl Settings {
             generation: Arc::new(|| 0),
             expected: None,
             accept_loss: false,
+            former_keys: Vec::new(),
         }
     }
 }
@@ -68,6 +74,7 @@ impl fmt::Debug for Settings {
             .field("retention", &self.retention)
             .field("expected", &self.expected)
             .field("accept_loss", &self.accept_loss)
+            .field("former_keys", &self.former_keys)
             .finish_non_exhaustive()
     }
 }
@@ -85,11 +92,13 @@ struct Inner {
     directory: PathBuf,
     instance: String,
     anchored_generation: u64,
-    thread: Option<JoinHandle<()>>,
+    threads: Vec<JoinHandle<()>>,
 }
 
 /// What the handles and the writer share.
 pub(super) struct Shared {
+    /// The keys that signed, and since when where that was seen; the last one signs.
+    signers: Mutex<Vec<(VerifyingKey, Option<Timestamp>)>>,
     pub(super) queue: Queue,
     pub(super) lines: broadcast::Sender<Arc<str>>,
     /// What the last attempt to write failed with.
@@ -98,27 +107,51 @@ pub(super) struct Shared {
     pub(super) checkpoint: Mutex<Option<Anchor>>,
 }
 
-impl Log {
-    /// Opens the log and says so in it. Blocks: it reads the chain from the last checkpoint on and syncs the start
-    /// record. Starts one thread.
-    ///
-    /// # Errors
-    /// [`AuditError::Broken`] where the chain can't be continued, [`AuditError::Cut`] where it lacks the record that
-    /// is expected and no loss is accepted, [`AuditError::Locked`] where another writer has it,
-    /// [`AuditError::Unusable`], [`AuditError::Unreadable`], [`AuditError::Unavailable`].
-    pub fn open(settings: Settings, key: SigningKey, clock: SharedClock) -> Result<Self, AuditError> {
-        let (directory, instance) = (settings.directory.clone(), settings.instance.clone());
-        let path = directory.join(&instance);
-        let shared = Arc::new(Shared {
-            queue: Queue::new(path.display().to_string()),
+impl Shared {
+    fn new(path: &Path, settings: &Settings, key: VerifyingKey, clock: SharedClock) -> Self {
+        let signers = settings.former_keys.iter().filter(|former| **former != key).chain([&key]);
+        Self {
+            signers: Mutex::new(signers.map(|key| (*key, None)).collect()),
+            queue: Queue::new(path.display().to_string(), clock),
             lines: broadcast::Sender::new(SUBSCRIBER_LAG),
             trouble: Mutex::new(None),
             checkpoint: Mutex::new(None),
-        });
+        }
+    }
+
+    fn signers(&self) -> MutexGuard<'_, Vec<(VerifyingKey, Option<Timestamp>)>> {
+        self.signers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps who signs since when.
+    pub(super) fn signs(&self, key: VerifyingKey, since: Timestamp) {
+        self.signers().push((key, Some(since)));
+    }
+}
+
+impl Log {
+    /// Opens the log and says so in it. Blocks: it reads the chain from the last checkpoint on and syncs the start
+    /// record. Starts two threads: one writes, one sleeps and looks after the first.
+    ///
+    /// # Errors
+    /// [`AuditError::Broken`] where the chain can't be continued, [`AuditError::Cut`] where it lacks the record that
+    /// is expected and no loss is accepted, [`AuditError::Locked`] where another writer has it, [`AuditError::Key`] where
+    /// the chain was handed over from this key to another, [`AuditError::Unusable`], [`AuditError::Unreadable`],
+    /// [`AuditError::Unavailable`].
+    pub fn open(settings: Settings, key: SigningKey, clock: SharedClock) -> Result<Self, AuditError> {
+        let (directory, instance) = (settings.directory.clone(), settings.instance.clone());
+        let path = directory.join(&instance);
+        let shared = Arc::new(Shared::new(&path, &settings, key.verifying_key(), Arc::clone(&clock)));
         let (writer, anchored_generation) = Writer::open(settings, key, clock, Arc::clone(&shared))?;
-        let thread = thread::Builder::new().name("claviger-audit".to_owned()).spawn(move || writer.run());
-        let thread = Some(thread.map_err(|error| unavailable(&path, &error))?);
-        let inner = Inner { shared, directory, instance, anchored_generation, thread };
+        let watched = Arc::clone(&shared);
+        let mut inner = Inner { shared, directory, instance, anchored_generation, threads: Vec::new() };
+        let spawn = |name: &str, work: Box<dyn FnOnce() + Send>| {
+            let thread = thread::Builder::new().name(name.to_owned()).spawn(work);
+            thread.map_err(|error| unavailable(&path, &error))
+        };
+        // Where the second can't be started, the first ends with `inner`.
+        inner.threads.push(spawn("claviger-audit", Box::new(move || writer.run()))?);
+        inner.threads.push(spawn("claviger-watch", Box::new(move || watched.queue.watch()))?);
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -127,10 +160,12 @@ impl Log {
     /// the answer is waited for.
     ///
     /// # Errors
-    /// [`AuditError::Unavailable`] where there is no record, and so nothing may be served; [`AuditError::Closed`];
-    /// [`AuditError::Record`] where its kind is one of the log's own.
+    /// [`AuditError::Unavailable`] where no record is known to be there, and so nothing may be served: the disk refuses,
+    /// or has not answered for [`ANSWER_WITHIN`](super::ANSWER_WITHIN), in which case the record may still appear when
+    /// it does; [`AuditError::Closed`]; [`AuditError::Record`] where its kind is one of the log's own.
     pub async fn append(&self, record: Record, durability: Durability) -> Result<u64, AuditError> {
-        self.submit(Fields::of_record(record)?, Vec::new(), durability).await
+        let first = Fields::of_record(record)?;
+        self.submit(Work::Records { first, more: Vec::new(), durability }).await
     }
 
     /// Appends records that stand next to each other, all or none. No record is no error.
@@ -141,19 +176,57 @@ impl Log {
         let mut fields = records.into_iter().map(Fields::of_record);
         let Some(first) = fields.next().transpose()? else { return Ok(()) };
         let more = fields.collect::<Result<_, _>>()?;
-        self.submit(first, more, durability).await.map(|_| ())
+        self.submit(Work::Records { first, more, durability }).await.map(|_| ())
     }
 
-    async fn submit(
-        &self,
-        first: Fields,
-        more: Vec<Fields>,
-        durability: Durability,
-    ) -> Result<u64, AuditError> {
+    async fn submit(&self, work: Work) -> Result<u64, AuditError> {
         let queue = &self.inner.shared.queue;
-        let (submission, answer) = Submission::new(first, more, durability);
-        queue.push(submission)?;
+        let answer = queue.push(work)?;
         answer.await.unwrap_or_else(|_| Err(queue.stopped()))
+    }
+
+    /// Hands the log over to another key: a durable checkpoint, in its place among the records, that both keys sign and
+    /// that names the next one; from there on the next one signs. Gives the key that is now in force, and since when.
+    /// Asked again with the same key, it is the same handover. Keep the next key on the disk before, and put it in the
+    /// place of the former behind; see [`hands_over`](super::hands_over) for what a crash in between leaves.
+    ///
+    /// # Errors
+    /// As [`append`](Self::append): where the disk did not answer, the handover may still come about, so keep the key and
+    /// ask again. [`AuditError::Key`] where the key signs or signed this log without a handover, or handed over itself.
+    pub async fn rotate_key(&self, next: SigningKey) -> Result<(VerifyingKey, Timestamp), AuditError> {
+        let key = next.verifying_key();
+        let since = match self.signing_since(&key)? {
+            Some(since) => Some(since),
+            None => {
+                self.submit(Work::Handover(Box::new(next))).await?;
+                self.signing_since(&key)?
+            }
+        };
+        since.map(|since| (key, since)).ok_or_else(|| self.inner.shared.queue.stopped())
+    }
+
+    /// Since when a key signs; `None` for one that this log does not know.
+    fn signing_since(&self, key: &VerifyingKey) -> Result<Option<Timestamp>, AuditError> {
+        let signers = self.inner.shared.signers();
+        let Some((_, since)) = signers.iter().find(|(known, _)| known == key) else { return Ok(None) };
+        let is_in_force = signers.last().is_some_and(|(last, _)| last == key);
+        since.filter(|_| is_in_force).map(Some).ok_or_else(|| AuditError::Key {
+            path: "(as given)".to_owned(),
+            problem: "it signs this log, or did; make another one".to_owned(),
+        })
+    }
+
+    /// The keys that signed this log, as far as [known](Settings::former_keys), the one in force last. What its chain is
+    /// verified with.
+    #[must_use]
+    pub fn verifying_keys(&self) -> Vec<VerifyingKey> {
+        self.inner.shared.signers().iter().map(|(key, _)| *key).collect()
+    }
+
+    /// What the log did since it was opened, and how it is. Cheap: a lock and a copy.
+    #[must_use]
+    pub fn figures(&self) -> Figures {
+        self.inner.shared.queue.figures()
     }
 
     /// Every line from now on, as it stands in the file without its newline, once it is acknowledged. A receiver that
@@ -163,14 +236,15 @@ impl Log {
         self.inner.shared.lines.subscribe()
     }
 
-    /// Whether the last attempt to write succeeded. A log in trouble tries again by itself every second.
+    /// Whether the last attempt to write succeeded, and the disk answers. A log in trouble tries again by itself every
+    /// second.
     ///
     /// # Errors
     /// What that attempt failed with.
     pub fn health(&self) -> Result<(), AuditError> {
         let shared = &self.inner.shared;
-        if shared.queue.has_failed() {
-            return Err(shared.queue.stopped());
+        if let Some(trouble) = shared.queue.trouble() {
+            return Err(trouble);
         }
         shared.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone().map_or(Ok(()), Err)
     }
@@ -207,7 +281,8 @@ impl Log {
     /// this again, or meanwhile, waits for the same end.
     ///
     /// # Errors
-    /// [`AuditError::Unavailable`] where the shutdown record could not be written; the log is closed all the same.
+    /// [`AuditError::Unavailable`] where the shutdown record could not be written, or the disk does not answer; the log is
+    /// closed all the same.
     pub async fn close(&self) -> Result<(), AuditError> {
         let queue = &self.inner.shared.queue;
         match queue.close() {
@@ -226,10 +301,12 @@ impl fmt::Debug for Log {
 impl Drop for Inner {
     fn drop(&mut self) {
         self.shared.queue.abandon();
+        if self.shared.queue.trouble().is_some() {
+            // A disk that does not answer is not waited for; the threads end when it does.
+            return;
+        }
         // Waited for, so that the folder is free again; by anyone but the writer itself, whose settings may hold a log.
-        if let Some(thread) = self.thread.take()
-            && thread.thread().id() != thread::current().id()
-        {
+        for thread in self.threads.drain(..).filter(|thread| thread.thread().id() != thread::current().id()) {
             drop(thread.join());
         }
     }

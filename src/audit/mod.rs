@@ -10,6 +10,9 @@
 //!
 //! {"hash":"…","seq":100,"prev":"…","time":"…","instance":"…","kind":"checkpoint","head":"…","generation":41,
 //!                                                                "key":"<16 hex>","signature":"<base64>"}     one line
+//!
+//! {…"kind":"checkpoint",…,"key":"<16 hex>","signature":"<base64>",
+//!     "handover":{"key":"<64 hex>","next_key":"<64 hex>","next_signature":"<base64>"}}     one line: another key signs
 //! ```
 //!
 //! A chain alone can be rewritten by whoever can write the file; a checkpoint can't without the signing key. What
@@ -17,10 +20,15 @@
 //! a sequence and its hash, kept elsewhere. A log and its stores each keep such a mark of the other: a checkpoint holds
 //! the stores' `generation`, and the place of the [last checkpoint](Log::last_checkpoint) comes back to the next start
 //! as [what is expected](Settings::expected) of the chain. Neither can go back in time alone without being noticed.
+//!
+//! The signing key is [exchanged](Log::rotate_key) by a checkpoint that the former key and the next one both sign, so that
+//! [`verify`](verify()) follows the succession from any key of it.
 
 mod chain;
 mod checkpoint;
 mod expected;
+mod figures;
+mod handover;
 mod log;
 mod query;
 mod queue;
@@ -38,6 +46,8 @@ use crate::error::{Reason, Reasoned};
 
 pub use chain::ChainHash;
 pub use checkpoint::{SigningKey, VerifyingKey};
+pub use figures::Figures;
+pub use handover::hands_over;
 pub use log::{Log, Settings};
 pub use query::{Query, query};
 pub use report::{Anchor, Finding, FindingKind, InstanceReport, Report};
@@ -249,5 +259,7 @@ impl Reasoned for AuditError {
 pub const CHECKPOINT_EVERY: u64 = 100;
 /// How long an unsigned record waits for a checkpoint at most, while records come.
 pub const CHECKPOINT_WITHIN: Duration = Duration::from_secs(10);
+/// How long whoever waits for a disk that does not answer is kept waiting: then nothing is served, as if it were full.
+pub const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 /// How long a written record of a relaxed environment waits for the disk at most.
 pub const SYNC_WITHIN: Duration = Duration::from_millis(100);

@@ -3,59 +3,75 @@
 //! Callers push; the writer takes all that waits at once and answers all of it at once, so that the cost of a lock, a
 //! wake-up and a sync is shared by however many arrived meanwhile. The queue is bounded: what finds no room is refused
 //! at once, and so nothing is served, rather than that memory runs out.
+//!
+//! ```text
+//!   push ─┬▶ works ───take──▶ the writer ─▶ the disk
+//!         └▶ waiters ─take─▶ in flight ───settle──▶ answered
+//!                │               │
+//!                └───────┬───────┘
+//!                   the writer has been at it for 2 s ──▶ refused by the watch, as if the disk were full
+//! ```
+//!
+//! Who waits stays in the queue while the writer has the work, so that a writer that hangs in the kernel keeps nobody
+//! waiting. What it had in hand may still be written when it comes back: a record without an answer, which is the side
+//! to err on.
 
-use std::iter;
 use std::mem;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
-use super::AuditError;
 use super::chain::Fields;
+use super::checkpoint::SigningKey;
+use super::figures::{Counters, Figures};
+use super::{ANSWER_WITHIN, AuditError};
+use crate::clock::SharedClock;
 use crate::environment::Durability;
 
 /// How many records wait for the writer at most.
 const MAX_WAITING: usize = 65_536;
 /// How many bytes their fields take at most.
 const MAX_WAITING_BYTES: usize = 64 << 20;
+/// How many waiters memory is kept for.
+const USUAL_BATCH: usize = 4_096;
+/// How often the watch looks whether the writer hangs.
+const WATCH_EVERY: Duration = Duration::from_millis(250);
 
-/// The sequence of a group's last record, or why there is no record.
+/// The sequence of what was written last for a caller, or why there is no record.
 type Answer = Result<u64, AuditError>;
+/// How the writer ended.
+type Ending = Result<(), AuditError>;
 
-/// Records that one caller waits for: written together, acknowledged together.
+/// What one caller asks of the writer.
 #[derive(Debug)]
-pub(super) struct Submission {
-    first: Fields,
-    more: Vec<Fields>,
-    durability: Durability,
-    reply: oneshot::Sender<Answer>,
-    /// The caller's runtime, where it has one.
-    runtime: Option<Handle>,
+pub(super) enum Work {
+    /// Records that are written together and acknowledged together.
+    Records { first: Fields, more: Vec<Fields>, durability: Durability },
+    /// The log is handed over to this key.
+    Handover(Box<SigningKey>),
 }
 
-impl Submission {
-    /// A group and the end at which its caller waits. Where the caller goes away, the group is written all the same.
-    pub(super) fn new(
-        first: Fields,
-        more: Vec<Fields>,
-        durability: Durability,
-    ) -> (Self, oneshot::Receiver<Answer>) {
-        let (reply, answer) = oneshot::channel();
-        (Self { first, more, durability, reply, runtime: Handle::try_current().ok() }, answer)
-    }
-
+impl Work {
     pub(super) fn fields(&self) -> impl Iterator<Item = &Fields> {
-        iter::once(&self.first).chain(&self.more)
+        let (first, more) = match self {
+            Self::Records { first, more, .. } => (Some(first), more.as_slice()),
+            Self::Handover(_) => (None, <&[Fields]>::default()),
+        };
+        first.into_iter().chain(more)
     }
 
     pub(super) fn is_durable(&self) -> bool {
-        self.durability == Durability::Durable
+        !matches!(self, Self::Records { durability: Durability::Relaxed, .. })
     }
 
     fn records(&self) -> usize {
-        1 + self.more.len()
+        match self {
+            Self::Records { more, .. } => 1 + more.len(),
+            Self::Handover(_) => 0,
+        }
     }
 
     fn bytes(&self) -> usize {
@@ -63,24 +79,34 @@ impl Submission {
     }
 }
 
-/// Answers every group of a batch, in order.
+/// A caller who waits.
+#[derive(Debug)]
+pub(super) struct Waiter {
+    reply: oneshot::Sender<Answer>,
+    /// The caller's runtime, where it has one.
+    runtime: Option<Handle>,
+    since: Duration,
+    records: usize,
+}
+
+/// Answers every waiter, in order.
 ///
 /// Waking a task from a foreign thread costs a lock and often a system call. A runtime with several waiters is
 /// therefore sent one task that answers them all from within, where waking is cheap.
-pub(super) fn answer(answers: impl Iterator<Item = (Submission, Answer)>) {
+fn answer(answers: impl Iterator<Item = (Waiter, Answer)>) {
     type Waiters = Vec<(oneshot::Sender<Answer>, Answer)>;
     // A caller that no longer waits is no error.
     let send = |(reply, answer): (oneshot::Sender<Answer>, Answer)| drop(reply.send(answer));
     let mut runtimes: Vec<(Handle, Waiters)> = Vec::new();
-    for (submission, answer) in answers {
-        let waiter = (submission.reply, answer);
-        let Some(runtime) = submission.runtime else {
-            send(waiter);
+    for (waiter, answer) in answers {
+        let answered = (waiter.reply, answer);
+        let Some(runtime) = waiter.runtime else {
+            send(answered);
             continue;
         };
         match runtimes.iter_mut().find(|(known, _)| known.id() == runtime.id()) {
-            Some((_, waiters)) => waiters.push(waiter),
-            None => runtimes.push((runtime, vec![waiter])),
+            Some((_, waiters)) => waiters.push(answered),
+            None => runtimes.push((runtime, vec![answered])),
         }
     }
     for (runtime, waiters) in runtimes {
@@ -112,63 +138,117 @@ pub(super) enum Phase {
 pub(super) struct Queue {
     /// What errors name.
     path: String,
+    clock: SharedClock,
     state: Mutex<State>,
     arrived: Condvar,
+    ended: Condvar,
+    pub(super) counters: Counters,
 }
 
+/// INVARIANT: `works` and `waiters` are of the same callers, in the same order; `in_flight` are those of what the writer
+/// took last, all of them or none.
 #[derive(Debug)]
 struct State {
     phase: Phase,
-    waiting: Vec<Submission>,
+    works: Vec<Work>,
+    waiters: Vec<Waiter>,
     records: usize,
     bytes: usize,
-    closers: Vec<oneshot::Sender<Result<(), AuditError>>>,
+    in_flight: Vec<Waiter>,
+    records_in_flight: usize,
+    closers: Vec<oneshot::Sender<Ending>>,
     /// Whether the writer sleeps and has not been woken yet.
     is_idle: bool,
+    /// Since when the writer has been busy, as far as its last sign of life tells.
+    busy_since: Option<Duration>,
 }
 
 impl State {
     fn is_quiet(&self) -> bool {
-        self.waiting.is_empty() && self.phase == Phase::Open
+        self.works.is_empty() && self.phase == Phase::Open
+    }
+
+    const fn is_over(&self) -> bool {
+        matches!(self.phase, Phase::Closed | Phase::Failed)
+    }
+
+    fn is_overdue(&self, now: Duration) -> bool {
+        self.busy_since.is_some_and(|since| now.saturating_sub(since) >= ANSWER_WITHIN)
+    }
+
+    /// Everyone who waits, while what the writer did not take yet is forgotten.
+    fn let_go(&mut self) -> (Vec<Waiter>, Vec<oneshot::Sender<Ending>>) {
+        self.works.clear();
+        (self.records, self.bytes, self.records_in_flight) = (0, 0, 0);
+        let mut waiters = mem::take(&mut self.in_flight);
+        waiters.append(&mut self.waiters);
+        (waiters, mem::take(&mut self.closers))
     }
 }
 
 impl Queue {
-    pub(super) fn new(path: String) -> Self {
+    pub(super) fn new(path: String, clock: SharedClock) -> Self {
         let state = State {
             phase: Phase::Open,
-            waiting: Vec::new(),
+            works: Vec::new(),
+            waiters: Vec::new(),
             records: 0,
             bytes: 0,
+            in_flight: Vec::new(),
+            records_in_flight: 0,
             closers: Vec::new(),
             is_idle: false,
+            busy_since: None,
         };
-        Self { path, state: Mutex::new(state), arrived: Condvar::new() }
+        Self {
+            path,
+            clock,
+            state: Mutex::new(state),
+            arrived: Condvar::new(),
+            ended: Condvar::new(),
+            counters: Counters::default(),
+        }
     }
 
-    /// Hands a group to the writer.
-    pub(super) fn push(&self, submission: Submission) -> Result<(), AuditError> {
+    /// Hands work to the writer, and gives the end at which the caller waits. Where the caller goes away, the work is
+    /// done all the same.
+    pub(super) fn push(&self, work: Work) -> Result<oneshot::Receiver<Answer>, AuditError> {
+        let (reply, answer) = oneshot::channel();
+        let (records, bytes) = (work.records(), work.bytes());
+        let (runtime, since) = (Handle::try_current().ok(), self.clock.monotonic());
         let mut state = self.lock();
-        match state.phase {
-            Phase::Open => {}
-            Phase::Failed => return Err(self.stopped()),
-            Phase::Closing | Phase::Abandoned | Phase::Closed => return Err(AuditError::Closed),
+        let (all_records, all_bytes) = (state.records + records, state.bytes + bytes);
+        if let Err(error) = self.admit(&state, since, all_records, all_bytes) {
+            drop(state);
+            self.count_refused(records);
+            return Err(error);
         }
-        let records = state.records + submission.records();
-        let bytes = state.bytes + submission.bytes();
-        if records > MAX_WAITING || bytes > MAX_WAITING_BYTES {
-            let cause = format!("{} records wait for the disk, there is no room for more", state.records);
-            return Err(AuditError::Unavailable { path: self.path.clone(), cause });
-        }
-        (state.records, state.bytes) = (records, bytes);
-        state.waiting.push(submission);
+        (state.records, state.bytes) = (all_records, all_bytes);
+        state.works.push(work);
+        state.waiters.push(Waiter { reply, runtime, since, records });
         self.wake(state);
-        Ok(())
+        Ok(answer)
+    }
+
+    fn admit(&self, state: &State, now: Duration, records: usize, bytes: usize) -> Result<(), AuditError> {
+        match state.phase {
+            Phase::Open if state.is_overdue(now) => Err(self.hangs()),
+            Phase::Open if records > MAX_WAITING || bytes > MAX_WAITING_BYTES => {
+                let waiting = state.records;
+                Err(self
+                    .unavailable(format!("{waiting} records wait for the disk, there is no room for more")))
+            }
+            Phase::Open => Ok(()),
+            Phase::Failed => Err(self.stopped()),
+            Phase::Closing | Phase::Abandoned | Phase::Closed => Err(AuditError::Closed),
+        }
     }
 
     /// Takes all that waits into `batch`, which is empty; sleeps while there is nothing, no longer than `patience`.
-    pub(super) fn take(&self, batch: &mut Vec<Submission>, patience: Option<Duration>) -> Phase {
+    /// What was taken must be settled.
+    pub(super) fn take(&self, batch: &mut Vec<Work>, patience: Option<Duration>) -> Phase {
         let mut state = self.lock();
+        state.busy_since = None;
         if state.is_quiet() {
             state.is_idle = true;
             let quiet = |state: &mut State| state.is_quiet();
@@ -181,13 +261,88 @@ impl Queue {
             };
             state.is_idle = false;
         }
-        mem::swap(&mut state.waiting, batch);
-        (state.records, state.bytes) = (0, 0);
+        state.busy_since = Some(self.clock.monotonic());
+        let State { works, waiters, in_flight, records, bytes, records_in_flight, .. } = &mut *state;
+        mem::swap(works, batch);
+        mem::swap(waiters, in_flight);
+        (*records_in_flight, *records, *bytes) = (*records, 0, 0);
         state.phase
     }
 
+    /// Answers everyone whose work was taken last; whoever was let go meanwhile has an answer. `spare` is empty memory
+    /// for waiters, before and after.
+    pub(super) fn settle(&self, spare: &mut Vec<Waiter>, result: Result<Vec<u64>, AuditError>) {
+        let now = self.clock.monotonic();
+        let mut state = self.lock();
+        state.busy_since = Some(now);
+        state.records_in_flight = 0;
+        mem::swap(&mut state.in_flight, spare);
+        drop(state);
+        match result {
+            Ok(sequences) => {
+                self.count_written(spare, now);
+                answer(spare.drain(..).zip(sequences.into_iter().map(Ok)));
+            }
+            Err(error) => self.refuse(std::mem::take(spare), &error),
+        }
+        spare.shrink_to(USUAL_BATCH);
+    }
+
+    /// Lets go of everyone who waits for a writer that hangs, again and again until it ends.
+    pub(super) fn watch(&self) {
+        let mut hung = false;
+        loop {
+            let running = |state: &mut State| !state.is_over();
+            let waited = self.ended.wait_timeout_while(self.lock(), WATCH_EVERY, running);
+            let mut state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            if state.is_over() {
+                return;
+            }
+            let hangs = state.is_overdue(self.clock.monotonic());
+            let let_go = hangs.then(|| state.let_go());
+            drop(state);
+            if let Some((waiters, closers)) = let_go {
+                self.refuse(waiters, &self.hangs());
+                closers.into_iter().for_each(|closer| drop(closer.send(Err(self.hangs()))));
+            }
+            match (mem::replace(&mut hung, hangs), hangs) {
+                (false, true) => tracing::error!(
+                    path = self.path,
+                    "audit log: its disk does not answer; nothing is served until it does"
+                ),
+                (true, false) => tracing::info!(path = self.path, "audit log: its disk answers again"),
+                _ => {}
+            }
+        }
+    }
+
+    fn refuse(&self, waiters: Vec<Waiter>, error: &AuditError) {
+        self.count_refused(waiters.iter().map(|waiter| waiter.records).sum());
+        answer(waiters.into_iter().map(|waiter| (waiter, Err(error.clone()))));
+    }
+
+    fn count_written(&self, waiters: &[Waiter], now: Duration) {
+        for waiter in waiters.iter().filter(|waiter| waiter.records > 0) {
+            self.counters.latency.observe(now.saturating_sub(waiter.since));
+        }
+        let records = waiters.iter().map(|waiter| waiter.records).sum();
+        self.counters.records.fetch_add(wide(records), Relaxed);
+    }
+
+    fn count_refused(&self, records: usize) {
+        self.counters.failed.fetch_add(wide(records), Relaxed);
+    }
+
+    /// What the log did, and how it is.
+    pub(super) fn figures(&self) -> Figures {
+        let state = self.lock();
+        let backlog = state.records + state.records_in_flight;
+        drop(state);
+        self.counters.figures(wide(backlog))
+    }
+
     /// Asks the writer to end. `None` where it has ended in good order.
-    pub(super) fn close(&self) -> Option<oneshot::Receiver<Result<(), AuditError>>> {
+    pub(super) fn close(&self) -> Option<oneshot::Receiver<Ending>> {
         let mut state = self.lock();
         if state.phase == Phase::Closed {
             return None;
@@ -211,12 +366,14 @@ impl Queue {
     }
 
     /// Says how the writer ended, to everyone who waits for that.
-    pub(super) fn finish(&self, result: &Result<(), AuditError>) {
+    pub(super) fn finish(&self, result: &Ending) {
         let mut state = self.lock();
         state.phase = Phase::Closed;
         for closer in state.closers.drain(..) {
             drop(closer.send(result.clone()));
         }
+        drop(state);
+        self.ended.notify_all();
     }
 
     /// Lets go of everyone who waits for a writer that is no more.
@@ -224,19 +381,35 @@ impl Queue {
         let mut state = self.lock();
         if state.phase != Phase::Closed {
             state.phase = Phase::Failed;
-            state.waiting.clear();
-            state.closers.clear();
+            drop(state.let_go());
         }
+        drop(state);
+        self.ended.notify_all();
     }
 
     /// What a caller is told whose answer will never come.
     pub(super) fn stopped(&self) -> AuditError {
-        let cause = "its writer stopped, restart the broker".to_owned();
-        AuditError::Unavailable { path: self.path.clone(), cause }
+        self.unavailable("its writer stopped, restart the broker".to_owned())
     }
 
-    pub(super) fn has_failed(&self) -> bool {
-        self.lock().phase == Phase::Failed
+    /// Why the writer can't be relied on; `None` where it can.
+    pub(super) fn trouble(&self) -> Option<AuditError> {
+        let now = self.clock.monotonic();
+        let state = self.lock();
+        let (has_failed, hangs) = (state.phase == Phase::Failed, state.is_overdue(now));
+        drop(state);
+        if has_failed {
+            return Some(self.stopped());
+        }
+        hangs.then(|| self.hangs())
+    }
+
+    fn hangs(&self) -> AuditError {
+        self.unavailable(format!("the disk has not answered for {} s", ANSWER_WITHIN.as_secs()))
+    }
+
+    fn unavailable(&self, cause: String) -> AuditError {
+        AuditError::Unavailable { path: self.path.clone(), cause }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -253,80 +426,95 @@ impl Queue {
     }
 }
 
+/// A number of records in memory as one that is counted.
+fn wide(count: usize) -> u64 {
+    u64::try_from(count).unwrap_or(u64::MAX)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::audit::Record;
+    use crate::clock::{ManualClock, SystemClock};
     use crate::error::{Reason, Reasoned};
+    use jiff::Timestamp;
+    use std::sync::Arc;
 
-    fn group(reason: &str, more: usize) -> (Submission, oneshot::Receiver<Answer>) {
-        let fields = Fields::of_record(Record { detail: reason.to_owned(), ..Record::default() }).unwrap();
-        Submission::new(fields.clone(), vec![fields; more], Durability::Relaxed)
+    fn group(detail: &str, more: usize) -> Work {
+        let fields = Fields::of_record(Record { detail: detail.to_owned(), ..Record::default() }).unwrap();
+        Work::Records { first: fields.clone(), more: vec![fields; more], durability: Durability::Relaxed }
+    }
+
+    fn queue() -> Queue {
+        Queue::new("log".to_owned(), SystemClock::shared())
     }
 
     fn taken(queue: &Queue) -> usize {
         let mut batch = Vec::new();
         queue.take(&mut batch, Some(Duration::ZERO));
+        queue.settle(&mut Vec::new(), Ok((1..).take(batch.len()).collect()));
         batch.len()
     }
 
     #[test]
     fn what_finds_no_room_is_refused_and_room_comes_back() {
-        let queue = Queue::new("log".to_owned());
-        queue.push(group("", MAX_WAITING - 1).0).unwrap();
-        assert_eq!(queue.push(group("", 0).0).unwrap_err().reason(), Reason::AuditUnavailable);
+        let queue = queue();
+        let first = queue.push(group("", MAX_WAITING - 1)).unwrap();
+        assert_eq!(queue.push(group("", 0)).unwrap_err().reason(), Reason::AuditUnavailable);
+        assert_eq!((queue.figures().backlog, queue.figures().failed), (wide(MAX_WAITING), 1));
         assert_eq!(taken(&queue), 1);
-        queue.push(group("", 0).0).unwrap();
+        assert_eq!(first.blocking_recv().unwrap().unwrap(), 1);
+        let _second = queue.push(group("", 0)).unwrap();
         assert_eq!(taken(&queue), 1);
+        let figures = queue.figures();
+        assert_eq!((figures.backlog, figures.records), (0, wide(MAX_WAITING) + 1));
+        assert_eq!((figures.failed, figures.latency.count), (1, 2));
     }
 
     #[test]
     fn bytes_are_bounded_too() {
-        let queue = Queue::new("log".to_owned());
+        let queue = queue();
         let long = "\u{1}".repeat(1_024);
-        queue.push(group(&long, 10_000).0).unwrap();
-        let error = queue.push(group(&long, 2_000).0).unwrap_err();
+        let _waiting = queue.push(group(&long, 10_000)).unwrap();
+        let error = queue.push(group(&long, 2_000)).unwrap_err();
         assert_eq!(error.reason(), Reason::AuditUnavailable);
     }
 
     #[test]
     fn a_closed_queue_refuses_and_a_failed_one_says_so() {
-        let queue = Queue::new("log".to_owned());
+        let queue = queue();
         let mut closed = queue.close().unwrap();
-        assert!(matches!(queue.push(group("", 0).0), Err(AuditError::Closed)));
+        assert!(matches!(queue.push(group("", 0)), Err(AuditError::Closed)));
         queue.finish(&Ok(()));
         assert!(closed.try_recv().unwrap().is_ok());
         assert!(queue.close().is_none());
         queue.fail();
-        assert!(!queue.has_failed(), "an end in good order stays one");
+        assert!(queue.trouble().is_none(), "an end in good order stays one");
 
-        let queue = Queue::new("log".to_owned());
-        let (waiting, mut answer) = group("", 0);
-        queue.push(waiting).unwrap();
+        let queue = self::queue();
+        let mut answer = queue.push(group("", 0)).unwrap();
         queue.fail();
         assert!(answer.try_recv().is_err(), "the waiter is let go");
-        assert_eq!(queue.push(group("", 0).0).unwrap_err().reason(), Reason::AuditUnavailable);
+        assert_eq!(queue.push(group("", 0)).unwrap_err().reason(), Reason::AuditUnavailable);
+        assert_eq!(queue.trouble().unwrap().reason(), Reason::AuditUnavailable);
         assert!(queue.close().unwrap().try_recv().is_err());
+        queue.watch();
     }
 
     #[test]
     fn waiters_of_several_runtimes_and_of_none_are_answered() {
         let runtime = || tokio::runtime::Builder::new_current_thread().build().unwrap();
         let runtimes = [runtime(), runtime()];
-        let mut batch = Vec::new();
+        let queue = queue();
         let mut waiters = Vec::new();
         for runtime in &runtimes {
             let _context = runtime.enter();
             for _ in 0..3 {
-                let (submission, waiter) = group("", 0);
-                batch.push(submission);
-                waiters.push((Some(runtime), waiter));
+                waiters.push((Some(runtime), queue.push(group("", 0)).unwrap()));
             }
         }
-        let (submission, waiter) = group("", 0);
-        batch.push(submission);
-        waiters.push((None, waiter));
-        answer(batch.into_iter().zip((1..).map(Ok)));
+        waiters.push((None, queue.push(group("", 0)).unwrap()));
+        assert_eq!(taken(&queue), 7);
         for (due, (runtime, mut waiter)) in (1..).zip(waiters) {
             let answer = match runtime {
                 Some(runtime) => runtime.block_on(waiter).unwrap(),
@@ -334,5 +522,75 @@ mod tests {
             };
             assert_eq!(answer.unwrap(), due);
         }
+    }
+
+    #[test]
+    fn b17_whoever_waits_for_a_writer_that_hangs_is_let_go() {
+        let clock = ManualClock::new(Timestamp::UNIX_EPOCH);
+        let queue = Arc::new(Queue::new("log".to_owned(), clock.clone()));
+        let watch = std::thread::spawn({
+            let queue = Arc::clone(&queue);
+            move || queue.watch()
+        });
+        let in_hand = queue.push(group("in hand", 1)).unwrap();
+        let mut batch = Vec::new();
+        queue.take(&mut batch, None);
+        let waiting = queue.push(group("waiting", 0)).unwrap();
+        let closed = queue.close().unwrap();
+        assert!(queue.trouble().is_none());
+        assert_eq!(queue.figures().backlog, 3);
+
+        clock.advance(ANSWER_WITHIN);
+        for answer in [in_hand, waiting] {
+            let error = answer.blocking_recv().unwrap().unwrap_err();
+            assert_eq!(error.reason(), Reason::AuditUnavailable, "{error}");
+            assert!(error.to_string().contains("has not answered for 2 s"), "{error}");
+        }
+        assert_eq!(closed.blocking_recv().unwrap().unwrap_err().reason(), Reason::AuditUnavailable);
+        assert_eq!(queue.trouble().unwrap().reason(), Reason::AuditUnavailable);
+        assert_eq!((queue.figures().backlog, queue.figures().failed), (0, 3));
+
+        // The writer comes back, and its answer is nobody's any more.
+        queue.settle(&mut Vec::new(), Ok(vec![1]));
+        assert!(queue.trouble().is_none());
+        assert_eq!(queue.figures().records, 0);
+        batch.clear();
+        assert_eq!(queue.take(&mut batch, Some(Duration::ZERO)), Phase::Closing);
+        assert!(batch.is_empty(), "what was only waiting is forgotten");
+        queue.finish(&Ok(()));
+        watch.join().unwrap();
+    }
+
+    #[test]
+    fn b17_while_the_writer_hangs_nothing_is_taken() {
+        let clock = ManualClock::new(Timestamp::UNIX_EPOCH);
+        let queue = Queue::new("log".to_owned(), clock.clone());
+        queue.take(&mut Vec::new(), Some(Duration::ZERO));
+        clock.advance(ANSWER_WITHIN - Duration::from_millis(1));
+        let waiting = queue.push(group("", 0));
+        assert!(waiting.is_ok(), "a slow disk is not one that hangs");
+        clock.advance(Duration::from_millis(1));
+        assert_eq!(queue.push(group("", 0)).unwrap_err().reason(), Reason::AuditUnavailable);
+        let mut batch = Vec::new();
+        queue.take(&mut batch, None);
+        assert_eq!(batch.len(), 1);
+        assert!(queue.push(group("", 0)).is_ok());
+    }
+
+    #[test]
+    fn a_writer_without_work_does_not_hang() {
+        let clock = ManualClock::new(Timestamp::UNIX_EPOCH);
+        let queue = Arc::new(Queue::new("log".to_owned(), clock.clone()));
+        let writer = std::thread::spawn({
+            let queue = Arc::clone(&queue);
+            move || {
+                let mut batch = Vec::new();
+                queue.take(&mut batch, None);
+                batch.len()
+            }
+        });
+        clock.advance(10 * ANSWER_WITHIN);
+        let _waiting = queue.push(group("", 0)).unwrap();
+        assert_eq!(writer.join().unwrap(), 1);
     }
 }

@@ -68,8 +68,10 @@ pub enum FindingKind {
     SegmentName,
     /// A checkpoint's signature doesn't fit the chain: the chain was rewritten, or the checkpoint made up.
     BadSignature,
-    /// A checkpoint was signed by a key that is not among those given.
+    /// A checkpoint was signed by a key that is not among those given, and that none of them vouches for.
     UnknownKey,
+    /// A checkpoint was signed by, or hands over to, a key that had handed over to another before.
+    RetiredKey,
     /// An anchored record has another hash: the chain was rewritten.
     AnchorMismatch,
     /// An anchored record is not there: the end of the chain was cut off.
@@ -91,6 +93,7 @@ impl FindingKind {
             Self::SegmentName => "segment_name",
             Self::BadSignature => "bad_signature",
             Self::UnknownKey => "unknown_key",
+            Self::RetiredKey => "retired_key",
             Self::AnchorMismatch => "anchor_mismatch",
             Self::AnchorMissing => "anchor_missing",
         }
@@ -139,7 +142,7 @@ pub struct InstanceReport {
     pub last: Option<u64>,
     /// The last record's hash. Kept elsewhere with the sequence, it is an [`Anchor`].
     pub last_hash: Option<ChainHash>,
-    /// How many checkpoints are signed by a key given.
+    /// How many checkpoints are signed by a key given, or by one that took over from it.
     pub checkpoints: u64,
     /// The sequence of the last of them: everything up to it is as it was signed.
     pub anchored: Option<u64>,

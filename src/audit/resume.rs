@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::AuditError;
 use super::chain::{Entry, Frame, Head, Notice};
-use super::checkpoint::{Statement, VerifyingKey};
+use super::checkpoint::{Checkpoint, VerifyingKey};
 use super::segment::{self, Chunk, LineReader, unreadable};
 
 /// Where a writer goes on.
@@ -18,17 +18,19 @@ pub(super) struct Resumed {
     pub(super) segment: Option<(u64, u64)>,
     /// The torn line behind them, to be cut off.
     pub(super) torn: Option<Notice>,
-    /// How many records follow the last checkpoint by this key.
+    /// How many records follow the last checkpoint by this key, or the one that handed over to it.
     pub(super) unsigned: u64,
     /// The generation that the last checkpoint by this key vouches for, or a higher one of a checkpoint behind it by
     /// another key: that can't be checked here, and so may raise what is asked of the stores but not lower it.
     pub(super) generation: u64,
 }
 
-/// Checks the end of a chain: the last segment, and those before it back to a checkpoint by `key`.
+/// Checks the end of a chain: the last segment, and those before it back to a checkpoint by `key`, or one that hands over
+/// to it.
 ///
 /// # Errors
-/// [`AuditError::Broken`] for anything wrong but a torn last line; [`AuditError::Unreadable`].
+/// [`AuditError::Broken`] for anything wrong but a torn last line; [`AuditError::Key`] where `key` handed over to another;
+/// [`AuditError::Unreadable`].
 pub(super) fn resume(folder: &Path, instance: &str, key: &VerifyingKey) -> Result<Resumed, AuditError> {
     let segments = segment::list(folder)?.segments;
     let mut resumed =
@@ -81,6 +83,8 @@ struct Tail {
     explains_gap: bool,
     unsigned: u64,
     generation: u64,
+    /// The id of the key that handed over to the one that signs.
+    former: Option<String>,
 }
 
 /// Why a line is not taken.
@@ -89,6 +93,8 @@ enum Flaw {
     Torn(&'static str),
     /// As no crash does.
     Wrong(String),
+    /// The key that is to sign handed over to this one.
+    HandedOver(VerifyingKey),
 }
 
 impl Flaw {
@@ -114,6 +120,7 @@ impl Tail {
             explains_gap: false,
             unsigned: 0,
             generation: 0,
+            former: None,
         };
         let mut flaw = None;
         while let Some(chunk) = lines.read()? {
@@ -129,6 +136,7 @@ impl Tail {
                 Ok(()) => {}
                 Err(Flaw::Torn(problem)) => flaw = Some(problem),
                 Err(Flaw::Wrong(problem)) => return Err(tail.broken(&problem)),
+                Err(Flaw::HandedOver(next)) => return Err(tail.handed_over(&next)),
             }
         }
         if flaw.is_some() {
@@ -163,23 +171,58 @@ impl Tail {
             self.explains_gap = matches!(entry, Entry::Notice(Notice::Lost { .. }));
         }
         self.unsigned += 1;
-        if let Entry::Notice(Notice::Checkpoint { head, generation, key: id, signature }) = entry {
-            if id == key.id() {
-                if head != frame.prev || !key.admits(&Statement::of(instance, &frame, generation), &signature)
-                {
-                    return Err(Flaw::Wrong(
-                        "the checkpoint's signature does not fit the chain before it".to_owned(),
-                    ));
-                }
-                self.is_signed = true;
-                self.unsigned = 0;
-                self.generation = generation;
-            }
-            self.generation = self.generation.max(generation);
+        if let Entry::Notice(Notice::Checkpoint(checkpoint)) = entry {
+            self.checkpoint(&frame, instance, key, &checkpoint)?;
         }
         self.head = Some(frame.head());
         self.whole += u64::try_from(line.len()).unwrap_or(u64::MAX).saturating_add(1);
         Ok(())
+    }
+
+    fn checkpoint(
+        &mut self,
+        frame: &Frame<'_>,
+        instance: &str,
+        key: &VerifyingKey,
+        checkpoint: &Checkpoint,
+    ) -> Result<(), Flaw> {
+        let Checkpoint { key: id, generation, handover, .. } = checkpoint;
+        if self.former.as_ref() == Some(id) {
+            return Err(Flaw::Wrong("the checkpoint's key had handed over to another before".to_owned()));
+        }
+        let taken_over = handover.as_ref().filter(|handover| handover.next_key == *key);
+        let signer = match taken_over {
+            Some(handover) => Some(handover.key),
+            None => Some(*key).filter(|key| key.id() == *id),
+        };
+        if let Some(signer) = signer {
+            if !checkpoint.fits(instance, frame, &signer) {
+                let problem = "the checkpoint's signature does not fit the chain before it".to_owned();
+                return Err(Flaw::Wrong(problem));
+            }
+            match (taken_over, handover) {
+                (None, Some(handover)) => return Err(Flaw::HandedOver(handover.next_key)),
+                (Some(_), _) => self.former = Some(id.clone()),
+                (None, None) => {}
+            }
+            self.is_signed = true;
+            self.unsigned = 0;
+            self.generation = *generation;
+        }
+        self.generation = self.generation.max(*generation);
+        Ok(())
+    }
+
+    fn handed_over(&self, next: &VerifyingKey) -> AuditError {
+        AuditError::Key {
+            path: "(as given)".to_owned(),
+            problem: format!(
+                "it handed over to key {} in {}:{}; put back the key that signs since then",
+                next.id(),
+                self.path.display(),
+                self.line
+            ),
+        }
     }
 
     fn broken(&self, problem: &str) -> AuditError {

@@ -164,6 +164,16 @@ impl Folder {
         self.handle.sync_all()
     }
 
+    /// How much of the disk is free for this process, in thousandths of what it may use; `None` where the kernel does
+    /// not say.
+    pub(super) fn free_permille(&self) -> Option<u32> {
+        let disk = rustix::fs::fstatvfs(&self.handle).ok()?;
+        let used = disk.f_blocks.checked_sub(disk.f_bfree)?;
+        // What is kept back for root is neither used nor free.
+        let all = used.checked_add(disk.f_bavail).filter(|all| *all > 0)?;
+        u32::try_from(u128::from(disk.f_bavail) * 1_000 / u128::from(all)).ok()
+    }
+
     /// When the newest record of a segment was written; `None` where its last line is damaged.
     pub(super) fn newest(&self, first: u64) -> io::Result<Option<Timestamp>> {
         let mut file = open_to_read(&self.path.join(file_name(first)))?;
@@ -364,6 +374,11 @@ fn open_to_read(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
+/// Brings a segment to the disk, whoever wrote it.
+pub(super) fn sync(path: &Path) -> Result<(), AuditError> {
+    open_to_read(path).and_then(|file| file.sync_all()).map_err(|error| unavailable(path, &error))
+}
+
 /// The SHA-256 and number of a file's bytes from `offset` on.
 pub(super) fn digest_from(path: &Path, offset: u64) -> io::Result<(ChainHash, u64)> {
     let mut file = open_to_read(path)?;
@@ -495,7 +510,13 @@ mod tests {
     }
 
     #[test]
-    fn one_folder_has_one_holder() {
+    fn the_room_on_the_disk_is_told_in_thousandths() {
+        let (_directory, folder) = folder();
+        assert!(folder.free_permille().unwrap() <= 1_000);
+    }
+
+    #[test]
+    fn b21_one_folder_has_one_holder() {
         let (directory, folder) = folder();
         let audit = directory.path().join("audit");
         assert_eq!(Folder::open(&audit, "a").unwrap_err().reason(), Reason::Locked);

@@ -6,12 +6,25 @@ use std::path::Path;
 
 use super::AuditError;
 use super::chain::{ChainHash, Entry, Frame, Head, Notice};
-use super::checkpoint::{Statement, VerifyingKey};
+use super::checkpoint::{Checkpoint, Handover, VerifyingKey};
 use super::report::{Anchor, Finding, FindingKind, InstanceReport, MAX_FINDINGS, Report};
 use super::segment::{self, Chunk, LineReader, unreadable};
 
 /// Checks every instance's chain below `directory` against the keys and anchors given. Without keys the checkpoints
 /// are not vouched for; without an anchor a cut tail can't be seen.
+///
+/// One key is enough for a chain that was handed over from key to key:
+///
+/// ```text
+///   checkpoints by   K1 ──── K1 ──▶ K2 ──── K2 ──▶ K3 ──── K3
+///                            both sign      both sign
+///   K1 is given      checked        each next key is trusted from its handover on, the former no more
+///   K3 is given      covered: the handover that K3 signed too says where the chain stood; what the
+///                    keys before it signed is not checked again
+/// ```
+///
+/// A key that is given is trusted wherever it did not hand over yet. Where a former key may be in wrong hands, give the
+/// newest one alone: whoever has the former one could begin another succession where it still signed.
 ///
 /// # Errors
 /// [`AuditError::Unreadable`] where there is no log, or a file can't be read. What is wrong with the log is no error.
@@ -58,8 +71,19 @@ pub(super) fn gave_up(
     Ok(report.findings.iter().all(|finding| finding.kind == FindingKind::UnknownKey))
 }
 
-/// The names of the instances below the log's folder, sorted.
+/// The names of the instances below the log's folder, sorted; at least one.
 pub(super) fn instances(directory: &Path) -> Result<Vec<String>, AuditError> {
+    let names = list_instances(directory)?;
+    if names.is_empty() {
+        let cause =
+            "it holds no instance's folder; name the folder above the one with the .jsonl files".to_owned();
+        return Err(AuditError::Unreadable { path: directory.display().to_string(), cause });
+    }
+    Ok(names)
+}
+
+/// The same, and none is no error.
+pub(super) fn list_instances(directory: &Path) -> Result<Vec<String>, AuditError> {
     let failed = |error| unreadable(directory, &error);
     let mut names = Vec::new();
     for entry in fs::read_dir(directory).map_err(failed)? {
@@ -70,18 +94,20 @@ pub(super) fn instances(directory: &Path) -> Result<Vec<String>, AuditError> {
         }
     }
     names.sort_unstable();
-    if names.is_empty() {
-        let cause =
-            "it holds no instance's folder; name the folder above the one with the .jsonl files".to_owned();
-        return Err(AuditError::Unreadable { path: directory.display().to_string(), cause });
-    }
     Ok(names)
 }
 
 /// One pass over one instance's chain.
 struct Walk<'a> {
     instance: &'a str,
-    keys: &'a [(String, VerifyingKey)],
+    /// The keys that are trusted, by id: those given, and those that took over.
+    keys: Vec<(String, VerifyingKey)>,
+    /// The ids of those that handed over.
+    retired: BTreeSet<String>,
+    /// The first checkpoint of each key that nothing vouches for so far.
+    strangers: Vec<(String, Finding)>,
+    /// From which id to which one strangers handed over.
+    successions: Vec<(String, String)>,
     anchors: Vec<(&'a Anchor, bool)>,
     report: &'a mut Report,
     found: InstanceReport,
@@ -97,19 +123,21 @@ struct Walk<'a> {
     after_shutdown: bool,
     /// The last record was one of another instance: a folder under another name is one finding, not a thousand.
     is_astray: bool,
-    unknown_keys: BTreeSet<String>,
 }
 
 impl<'a> Walk<'a> {
     fn new(
         instance: &'a str,
-        keys: &'a [(String, VerifyingKey)],
+        keys: &[(String, VerifyingKey)],
         anchors: Vec<(&'a Anchor, bool)>,
         report: &'a mut Report,
     ) -> Self {
         Self {
             instance,
-            keys,
+            keys: keys.to_vec(),
+            retired: BTreeSet::new(),
+            strangers: Vec::new(),
+            successions: Vec::new(),
             anchors,
             report,
             found: InstanceReport { instance: instance.to_owned(), ..InstanceReport::default() },
@@ -121,7 +149,6 @@ impl<'a> Walk<'a> {
             signed_retention: None,
             after_shutdown: false,
             is_astray: false,
-            unknown_keys: BTreeSet::new(),
         }
     }
 
@@ -228,9 +255,7 @@ impl<'a> Walk<'a> {
 
     fn notice(&mut self, frame: &Frame<'_>, notice: Notice) {
         match notice {
-            Notice::Checkpoint { head, generation, key, signature } => {
-                self.checkpoint(frame, head, generation, &key, &signature);
-            }
+            Notice::Checkpoint(checkpoint) => self.checkpoint(frame, &checkpoint),
             Notice::Retention { first, first_prev, .. } => self.retention = Some((first, first_prev)),
             Notice::Repaired { .. } => self.found.repairs += 1,
             Notice::Lost { .. } => self.found.losses += 1,
@@ -238,32 +263,82 @@ impl<'a> Walk<'a> {
         }
     }
 
-    fn checkpoint(
-        &mut self,
-        frame: &Frame<'_>,
-        head: ChainHash,
-        generation: u64,
-        key: &str,
-        signature: &str,
-    ) {
-        let Some((_, known)) = self.keys.iter().find(|(id, _)| id == key) else {
-            let id: String = key.escape_debug().take(16).collect();
-            if self.unknown_keys.len() < MAX_FINDINGS && self.unknown_keys.insert(id.clone()) {
-                let message =
-                    format!("signed by key {id}, which is not among those given (said once for each key)");
-                self.add(FindingKind::UnknownKey, Some(frame.seq), message);
-            }
-            return;
-        };
-        if head != frame.prev || !known.admits(&Statement::of(self.instance, frame, generation), signature) {
+    fn checkpoint(&mut self, frame: &Frame<'_>, checkpoint: &Checkpoint) {
+        let next = checkpoint.handover.as_ref().map(|handover| handover.next_key.id());
+        let mut named = [Some(&checkpoint.key), next.as_ref()].into_iter().flatten();
+        if let Some(id) = named.find(|id| self.is_retired(id)) {
+            let message = format!("it names key {id}, which had handed over to another before");
+            return self.add(FindingKind::RetiredKey, Some(frame.seq), message);
+        }
+        let signer = self.signer(checkpoint);
+        // What a handover says of itself can be checked without trust in either key.
+        let said = checkpoint.handover.as_ref().map(|handover| handover.key);
+        if let Some(key) = signer.or(said)
+            && !checkpoint.fits(self.instance, frame, &key)
+        {
             let message = "its signature does not fit the chain before it".to_owned();
             return self.add(FindingKind::BadSignature, Some(frame.seq), message);
+        }
+        if signer.is_none() {
+            return self.meet_stranger(frame, checkpoint);
         }
         self.found.checkpoints += 1;
         self.found.anchored = Some(frame.seq);
         self.found.unanchored = 0;
         self.found.clean_shutdown = self.after_shutdown;
         self.signed_retention = self.retention.or(self.signed_retention);
+        if let Some(handover) = &checkpoint.handover {
+            self.hand_over(handover);
+        }
+    }
+
+    /// The key that a checkpoint must be signed by, where it is trusted, or where the one that takes over from it is.
+    fn signer(&self, checkpoint: &Checkpoint) -> Option<VerifyingKey> {
+        let trusted = |id: &str| self.keys.iter().find(|(known, _)| known == id).map(|(_, key)| *key);
+        trusted(&checkpoint.key).or_else(|| {
+            let handover = checkpoint.handover.as_ref()?;
+            let next = trusted(&handover.next_key.id())?;
+            (next == handover.next_key).then_some(handover.key)
+        })
+    }
+
+    /// Whether a key handed over in this chain, be it to a key that is trusted or not.
+    fn is_retired(&self, id: &str) -> bool {
+        self.retired.contains(id) || self.successions.iter().any(|(former, _)| former == id)
+    }
+
+    /// Trusts the next key from here on. The former one, and those that led to it, are vouched for up to here.
+    fn hand_over(&mut self, handover: &Handover) {
+        let next = handover.next_key.id();
+        if self.keys.iter().all(|(known, _)| *known != next) {
+            self.keys.push((next, handover.next_key));
+        }
+        let mut vouched = BTreeSet::from([handover.key.id()]);
+        for (former, next) in self.successions.iter().rev() {
+            if vouched.contains(next) {
+                vouched.insert(former.clone());
+            }
+        }
+        self.strangers.retain(|(id, _)| !vouched.contains(id));
+        self.retired.append(&mut vouched);
+    }
+
+    /// Keeps in mind that an unknown key signed, until it is vouched for or the chain ends.
+    fn meet_stranger(&mut self, frame: &Frame<'_>, checkpoint: &Checkpoint) {
+        let id = &checkpoint.key;
+        if let Some(handover) = &checkpoint.handover
+            && self.successions.len() < MAX_FINDINGS
+        {
+            self.successions.push((id.clone(), handover.next_key.id()));
+        }
+        if self.strangers.len() >= MAX_FINDINGS || self.strangers.iter().any(|(known, _)| known == id) {
+            return;
+        }
+        let shown: String = id.escape_debug().take(16).collect();
+        let message =
+            format!("signed by key {shown}, which is not among those given (said once for each key)");
+        let finding = self.finding(FindingKind::UnknownKey, Some(frame.seq), message);
+        self.strangers.push((id.clone(), finding));
     }
 
     fn meet_anchors(&mut self, frame: &Frame<'_>) {
@@ -280,6 +355,9 @@ impl<'a> Walk<'a> {
     }
 
     fn finish(mut self) -> InstanceReport {
+        for (_, finding) in std::mem::take(&mut self.strangers) {
+            self.report.add(finding);
+        }
         (self.file, self.line) = (self.instance.to_owned(), 0);
         let begun = self.check_start();
         for (anchor, met) in std::mem::take(&mut self.anchors) {
@@ -317,6 +395,11 @@ impl<'a> Walk<'a> {
     }
 
     fn add(&mut self, kind: FindingKind, sequence: Option<u64>, message: String) {
-        self.report.add(Finding { file: self.file.clone(), line: self.line, sequence, kind, message });
+        let finding = self.finding(kind, sequence, message);
+        self.report.add(finding);
+    }
+
+    fn finding(&self, kind: FindingKind, sequence: Option<u64>, message: String) -> Finding {
+        Finding { file: self.file.clone(), line: self.line, sequence, kind, message }
     }
 }

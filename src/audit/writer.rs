@@ -9,17 +9,22 @@
 //! INVARIANTS, of each batch:
 //! - it is acknowledged as a whole or not at all, and where it is not, nothing of it stays in the file;
 //! - the chain's head moves only with an acknowledged batch;
-//! - before each, the file is checked to be the one that was written, as it was left.
+//! - before each, the file is checked to be the one that was written, as it was left;
+//! - a key signs from the batch on that its handover is in, and not before that is acknowledged.
 
 use std::mem;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
+use jiff::Timestamp;
+
 use super::chain::{Fields, Head, Lines, Notice};
-use super::checkpoint::{SigningKey, Statement};
+use super::checkpoint::{Checkpoint, SigningKey, Statement};
 use super::expected;
+use super::figures::{LOOK_EVERY, Room};
 use super::log::{Settings, Shared};
-use super::queue::{self, Phase, Queue, Submission};
+use super::queue::{Phase, Queue, Waiter, Work};
 use super::resume::{Resumed, resume};
 use super::segment::{Folder, Segment, list, unavailable};
 use super::{Anchor, AuditError, CHECKPOINT_EVERY, CHECKPOINT_WITHIN, SYNC_WITHIN};
@@ -54,6 +59,19 @@ struct Tally {
     checkpoint: Option<Head>,
 }
 
+/// A batch as lines that are not written yet.
+struct Drafted {
+    tally: Tally,
+    written: Written,
+}
+
+/// A batch that is written.
+struct Written {
+    /// The sequence of each group's last record.
+    sequences: Vec<u64>,
+    at: Timestamp,
+}
+
 /// See the module.
 pub(super) struct Writer {
     settings: Settings,
@@ -66,8 +84,12 @@ pub(super) struct Writer {
     /// What the log has to say about itself, at the head of the next batch.
     pending: Vec<Notice>,
     lines: Lines,
+    /// Memory for those who wait.
+    waiters: Vec<Waiter>,
     unsynced_since: Option<Duration>,
     retention_due: bool,
+    room: Room,
+    look_at: Duration,
     is_troubled: bool,
     retry_at: Duration,
     complained_at: Option<Duration>,
@@ -114,8 +136,11 @@ impl Writer {
             tally,
             pending: Vec::new(),
             lines,
+            waiters: Vec::new(),
             unsynced_since: None,
             retention_due: true,
+            room: Room::Ample,
+            look_at: Duration::ZERO,
             is_troubled: false,
             retry_at: Duration::ZERO,
             complained_at: None,
@@ -136,7 +161,7 @@ impl Writer {
         self.pending.extend(losses);
         let version = env!("CARGO_PKG_VERSION").to_owned();
         self.pending.push(Notice::Start { version, unsigned: found.unsigned });
-        self.commit(&[], Level::Signed)?;
+        self.say(Level::Signed)?;
         self.tick();
         Ok(())
     }
@@ -147,7 +172,7 @@ impl Writer {
         let _failure = Failure(&shared.queue);
         let mut batch = Vec::new();
         let result = loop {
-            let phase = shared.queue.take(&mut batch, self.patience());
+            let phase = shared.queue.take(&mut batch, Some(self.patience()));
             if !batch.is_empty() {
                 self.serve(&mut batch);
             }
@@ -155,23 +180,46 @@ impl Writer {
                 Phase::Open => self.tick(),
                 Phase::Closing => {
                     self.pending.push(Notice::Shutdown {});
-                    break self.commit(&[], Level::Signed);
+                    break self.say(Level::Signed);
                 }
-                Phase::Abandoned | Phase::Closed | Phase::Failed => break self.commit(&[], Level::Synced),
+                Phase::Abandoned | Phase::Closed | Phase::Failed => break self.say(Level::Synced),
             }
         };
         // The folder is free before anyone is told.
         drop(self);
-        shared.queue.finish(&result.map(|_| ()));
+        shared.queue.finish(&result);
     }
 
-    fn serve(&mut self, batch: &mut Vec<Submission>) {
-        let level = if batch.iter().any(Submission::is_durable) { Level::Synced } else { Level::Written };
-        match self.commit(batch, level) {
-            Ok(sequences) => queue::answer(batch.drain(..).zip(sequences.into_iter().map(Ok))),
-            Err(error) => queue::answer(batch.drain(..).map(|submission| (submission, Err(error.clone())))),
+    fn serve(&mut self, batch: &mut Vec<Work>) {
+        let level = if batch.iter().any(Work::is_durable) { Level::Synced } else { Level::Written };
+        let result = self.commit(batch, level);
+        if let Ok(written) = &result {
+            self.succeed(batch, written.at);
         }
+        self.shared.queue.settle(&mut self.waiters, result.map(|written| written.sequences));
+        batch.clear();
         batch.shrink_to(USUAL_BATCH);
+    }
+
+    /// Puts the keys in force that a batch handed over to.
+    fn succeed(&mut self, batch: &mut Vec<Work>, at: Timestamp) {
+        for work in batch.extract_if(.., |work| matches!(work, Work::Handover(_))) {
+            let Work::Handover(next) = work else { continue };
+            if next.verifying_key() != self.key.verifying_key() {
+                tracing::info!(
+                    key = next.id(),
+                    former = self.key.id(),
+                    "audit log: another key signs from now on"
+                );
+                self.shared.signs(next.verifying_key(), at);
+                self.key = *next;
+            }
+        }
+    }
+
+    /// Writes what the log has to say about itself.
+    fn say(&mut self, level: Level) -> Result<(), AuditError> {
+        self.commit(&[], level).map(|_| ())
     }
 
     /// What time alone makes due.
@@ -182,13 +230,25 @@ impl Writer {
             tracing::error!(%error, "audit log: old segments could not be removed");
         }
         let now = self.clock.monotonic();
+        if now >= self.look_at {
+            self.look_at_disk(now);
+        }
         if self.due().is_none_or(|due| now < due) {
             return;
         }
         // Only a record that reaches the disk proves that the trouble is over.
         let level = if self.is_troubled { Level::Signed } else { Level::Synced };
         // What it failed with is noted.
-        let _ = self.commit(&[], level);
+        let _ = self.say(level);
+    }
+
+    /// Says where the disk fills up, before it is full and nothing can be served.
+    fn look_at_disk(&mut self, now: Duration) {
+        self.look_at = now + LOOK_EVERY;
+        let free = self.folder.free_permille();
+        self.shared.queue.counters.keep_disk_free(free);
+        let room = Room::of(free);
+        room.warn_after(mem::replace(&mut self.room, room), &self.segment.path().display().to_string());
     }
 
     fn due(&self) -> Option<Duration> {
@@ -198,25 +258,27 @@ impl Writer {
         [sync, sign, retry].into_iter().flatten().min().map(|due| due.max(self.retry_at))
     }
 
-    fn patience(&self) -> Option<Duration> {
-        self.due().map(|due| due.saturating_sub(self.clock.monotonic()))
+    fn patience(&self) -> Duration {
+        let due = self.due().map_or(self.look_at, |due| due.min(self.look_at));
+        due.saturating_sub(self.clock.monotonic())
     }
 
-    /// Writes what is pending and a batch; gives the sequence of each group's last record.
-    fn commit(&mut self, batch: &[Submission], level: Level) -> Result<Vec<u64>, AuditError> {
+    /// Writes what is pending and a batch.
+    fn commit(&mut self, batch: &[Work], level: Level) -> Result<Written, AuditError> {
         let result = self.try_commit(batch, level);
         self.note(result.as_ref().err());
         result
     }
 
-    fn try_commit(&mut self, batch: &[Submission], level: Level) -> Result<Vec<u64>, AuditError> {
+    fn try_commit(&mut self, batch: &[Work], level: Level) -> Result<Written, AuditError> {
         self.hold_segment()?;
-        let (tally, sequences) = self.draft(batch, level)?;
+        let Drafted { tally, written } = self.draft(batch, level)?;
         self.make_room()?;
         // What the log says about itself waits for no one.
         let sync = level != Level::Written || !self.pending.is_empty();
-        let written = self.segment.append(self.lines.bytes(), sync);
-        written.map_err(|error| unavailable(self.segment.path(), &error))?;
+        let appended = self.segment.append(self.lines.bytes(), sync);
+        appended.map_err(|error| unavailable(self.segment.path(), &error))?;
+        self.shared.queue.counters.segment_bytes.store(self.segment.len(), Relaxed);
         self.tally = tally;
         self.pending.clear();
         self.unsynced_since =
@@ -225,7 +287,7 @@ impl Writer {
             self.tell_checkpoint();
         }
         self.publish();
-        Ok(sequences)
+        Ok(written)
     }
 
     /// Makes sure that the segment is the file that was written, as it was left; else begins another one that says so.
@@ -248,29 +310,26 @@ impl Writer {
     }
 
     /// Encodes and chains; nothing but `lines` changes.
-    fn draft(&mut self, batch: &[Submission], level: Level) -> Result<(Tally, Vec<u64>), AuditError> {
+    fn draft(&mut self, batch: &[Work], level: Level) -> Result<Drafted, AuditError> {
         self.lines.clear();
+        let at = self.clock.now();
         let mut draft = Draft {
             lines: &mut self.lines,
             settings: &self.settings,
             key: &self.key,
             tally: self.tally,
-            time: format!("{:.6}", self.clock.now()),
+            time: format!("{at:.6}"),
             now: self.clock.monotonic(),
         };
         for notice in &self.pending {
             draft.push(&Fields::of_notice(notice)?)?;
         }
         let mut sequences = Vec::with_capacity(batch.len());
-        for group in batch {
-            let mut last = 0;
-            for fields in group.fields() {
-                last = draft.push(fields)?;
-            }
-            sequences.push(last);
+        for work in batch {
+            sequences.push(draft.work(work)?);
         }
         draft.finish(level)?;
-        Ok((draft.tally, sequences))
+        Ok(Drafted { tally: draft.tally, written: Written { sequences, at } })
     }
 
     /// Begins the next segment where the drafted lines don't fit into this one.
@@ -321,7 +380,7 @@ impl Writer {
         };
         let removed = u64::try_from(old).unwrap_or(u64::MAX);
         self.pending.push(Notice::Retention { first: kept, first_prev: before.hash, removed });
-        self.commit(&[], Level::Signed)?;
+        self.say(Level::Signed)?;
         for first in segments.into_iter().take(old) {
             self.folder.remove(first).map_err(|error| unavailable(self.folder.path(), &error))?;
         }
@@ -368,7 +427,19 @@ struct Draft<'a> {
     now: Duration,
 }
 
-impl Draft<'_> {
+impl<'a> Draft<'a> {
+    /// Adds what a caller asks for; gives the sequence of its last record.
+    fn work(&mut self, work: &'a Work) -> Result<u64, AuditError> {
+        if let Work::Handover(next) = work {
+            return self.hand_over(next);
+        }
+        let mut last = 0;
+        for fields in work.fields() {
+            last = self.push(fields)?;
+        }
+        Ok(last)
+    }
+
     /// Adds a record and, where it is time, a checkpoint; gives the record's sequence.
     fn push(&mut self, fields: &Fields) -> Result<u64, AuditError> {
         self.tally.head = self.lines.push(self.tally.head, &self.time, fields);
@@ -376,25 +447,32 @@ impl Draft<'_> {
         self.tally.unsigned_since.get_or_insert(self.now);
         let sequence = self.tally.head.seq;
         if self.tally.unsigned >= CHECKPOINT_EVERY {
-            self.checkpoint()?;
+            self.checkpoint(None)?;
         }
         Ok(sequence)
+    }
+
+    /// Adds the checkpoint that makes `next` the key in force, unless it is; gives the last record's sequence.
+    fn hand_over(&mut self, next: &'a SigningKey) -> Result<u64, AuditError> {
+        if next.verifying_key() != self.key.verifying_key() {
+            self.checkpoint(Some(next))?;
+            self.key = next;
+        }
+        Ok(self.tally.head.seq)
     }
 
     fn finish(&mut self, level: Level) -> Result<(), AuditError> {
         let is_signed = self.tally.unsigned == 0 && !self.lines.bytes().is_empty();
         let waited = self.tally.unsigned_since.map(|since| self.now.saturating_sub(since));
         let is_due = waited.is_some_and(|waited| waited >= CHECKPOINT_WITHIN);
-        if is_due || (level == Level::Signed && !is_signed) { self.checkpoint() } else { Ok(()) }
+        if is_due || (level == Level::Signed && !is_signed) { self.checkpoint(None) } else { Ok(()) }
     }
 
-    fn checkpoint(&mut self) -> Result<(), AuditError> {
+    fn checkpoint(&mut self, next: Option<&SigningKey>) -> Result<(), AuditError> {
         let Tally { head, generation, .. } = self.tally;
         let generation = generation.max((self.settings.generation)());
         let statement = Statement { instance: &self.settings.instance, head, generation, time: &self.time };
-        let signature = self.key.sign(&statement);
-        let key = self.key.id().to_owned();
-        let notice = Notice::Checkpoint { head: head.hash, generation, key, signature };
+        let notice = Notice::Checkpoint(Checkpoint::new(&statement, self.key, next));
         let head = self.lines.push(head, &self.time, &Fields::of_notice(&notice)?);
         self.tally = Tally { head, unsigned: 0, unsigned_since: None, generation, checkpoint: Some(head) };
         Ok(())

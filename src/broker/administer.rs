@@ -1,15 +1,16 @@
 //! The broker's own business: tokens, policies, the audit log.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use tokio::sync::broadcast;
 
 use super::{Broker, BrokerError, Call, record};
-use crate::audit::{Query, Report};
+use crate::audit::{Kind, Query, Record, Report};
 use crate::environment::Durability;
 use crate::error::Reason;
 use crate::identity::Principal;
-use crate::identity::token::{TokenRecord, TokenRequest};
+use crate::identity::token::{Shown, TokenRecord, TokenRequest};
 use crate::policy::{Action, Context, Effect, Explanation, Reloaded, Resource};
 use crate::secret::{EnvironmentName, SecretId, SecretValue};
 
@@ -35,13 +36,18 @@ impl Broker {
     /// Issues a token. The value is the token itself, given out this once.
     ///
     /// # Errors
-    /// [`BrokerError`]; needs [`Action::Administer`] on the broker.
+    /// [`BrokerError`]; needs [`Action::Administer`] on the broker, and that the environments are declared which the
+    /// token is to be good for.
     pub async fn create_token(
         &self,
         call: &Call,
         request: TokenRequest,
     ) -> Result<(TokenRecord, SecretValue), BrokerError> {
         let grant = self.authorize(call, "create_token", Action::Administer, &Resource::Broker).await?;
+        let undeclared = request.environments.iter().find_map(|name| self.parts.registry.get(name).err());
+        if let Some(error) = undeclared {
+            return self.finished(call, "create_token", &grant, Err(error.into())).await;
+        }
         self.intend(call, "create_token", &grant).await?;
         let created = self.parts.tokens.create(request).await.map_err(BrokerError::from);
         let record = record::of_grant(call, "create_token", &grant);
@@ -49,11 +55,11 @@ impl Broker {
             .await
     }
 
-    /// Every token, without secrets.
+    /// Every token with its last use, without secrets.
     ///
     /// # Errors
     /// [`BrokerError`]; needs [`Action::Administer`] on the broker.
-    pub async fn list_tokens(&self, call: &Call) -> Result<Vec<TokenRecord>, BrokerError> {
+    pub async fn list_tokens(&self, call: &Call) -> Result<Vec<Shown>, BrokerError> {
         let grant = self.authorize(call, "list_tokens", Action::Administer, &Resource::Broker).await?;
         self.finished(call, "list_tokens", &grant, Ok(self.parts.tokens.list())).await
     }
@@ -72,7 +78,35 @@ impl Broker {
             .map(|_| ())
     }
 
-    /// Whether the caller may do something; nothing is done.
+    /// Removes the records of tokens that ended long ago, each after it is said in the log, and gives their ids. Nobody's
+    /// call: the time has come.
+    ///
+    /// # Errors
+    /// Where the log or the database can't be written. What was not removed stays for the next time.
+    pub async fn prune_tokens(&self) -> Result<Vec<String>, BrokerError> {
+        let mut pruned = Vec::new();
+        loop {
+            let gone = self.parts.tokens.gone();
+            for token in &gone {
+                self.append(pruning(token), Durability::Durable).await?;
+            }
+            let removed = self.parts.tokens.prune(gone.into_iter().map(|token| token.id).collect()).await?;
+            if removed.is_empty() {
+                return Ok(pruned);
+            }
+            pruned.extend(removed);
+        }
+    }
+
+    /// Keeps when and from where tokens were last used.
+    ///
+    /// # Errors
+    /// Where the database can't be written.
+    pub async fn keep_token_use(&self) -> Result<(), BrokerError> {
+        Ok(self.parts.tokens.keep_last_use().await?)
+    }
+
+    /// Whether the caller may do something, with the credential presented; nothing is done.
     ///
     /// # Errors
     /// Where the log can't be written.
@@ -88,8 +122,12 @@ impl Broker {
             Err(refusal) => refusal.decision,
         };
         let record = record::of_resource(call, "check_policy", action, resource, Some(&decision)).done();
+        let (effect, record) = match self.admitted(call, resource) {
+            Ok(()) => (decision.effect, record),
+            Err(error) => (Effect::Deny, record.with_detail(error.to_string())),
+        };
         self.append(record, self.durability(resource)).await?;
-        Ok(decision.effect)
+        Ok(effect)
     }
 
     /// Why `subject` may or may not; the caller itself where `None`.
@@ -106,6 +144,8 @@ impl Broker {
         if subject.is_some() {
             self.authorize(call, "explain_policy", Action::Administer, &Resource::Broker).await?;
         }
+        // Of others it is not known which credential they present, nor from where.
+        let admitted = if subject.is_none() { self.admitted(call, resource) } else { Ok(()) };
         let context = Context { reason: call.reason.clone() };
         let principal = subject.map_or_else(|| Arc::clone(&call.principal), Arc::new);
         let explanation = self.parts.policies.explain(&principal, action, resource, &context);
@@ -114,7 +154,7 @@ impl Broker {
             (Effect::Allow, Some(environment)) => self.parts.registry.get(environment).map(|_| ()),
             _ => Ok(()),
         };
-        let explained = declared.map(|()| explanation).map_err(BrokerError::from);
+        let explained = admitted.and(declared.map_err(BrokerError::from)).map(|()| explanation);
         let record = record::of_resource(call, "explain_policy", action, resource, None);
         let record = match &explained {
             Ok(_) => record.done(),
@@ -166,7 +206,16 @@ impl Broker {
 
     async fn read_policies(&self) -> Result<Reloaded, BrokerError> {
         let policies = Arc::clone(&self.parts.policies);
-        off_the_reactor(move || policies.reload()).await
+        let reloaded = off_the_reactor(move || policies.reload()).await;
+        self.parts.metrics.policy_reload(reloaded.is_ok());
+        self.reload_refused.store(reloaded.is_err(), Ordering::Relaxed);
+        reloaded
+    }
+
+    /// Whether the policies in force are not those in the folder, because those were refused at the last reload.
+    #[must_use]
+    pub fn policy_reload_refused(&self) -> bool {
+        self.reload_refused.load(Ordering::Relaxed)
     }
 
     /// Puts the set in force on record.
@@ -245,7 +294,7 @@ impl Broker {
     /// # Errors
     /// [`BrokerError`]; needs [`Action::Audit`] on the broker.
     pub async fn verify_audit(&self, call: &Call) -> Result<Report, BrokerError> {
-        let keys = self.parts.audit_keys.clone();
+        let keys = self.parts.log.verifying_keys();
         let grant = self.authorize(call, "verify_audit", Action::Audit, &Resource::Broker).await?;
         let directory = self.parts.log.directory().to_owned();
         let report = off_the_reactor(move || crate::audit::verify(&directory, &keys, &[])).await;
@@ -258,13 +307,34 @@ impl Broker {
 }
 
 fn said_of(token: &TokenRecord) -> String {
-    format!(
+    let mut said = format!(
         "token {} of {}::\"{}\", expires {}",
         token.id,
         token.kind.entity_type(),
         token.principal,
         token.expires_at
-    )
+    );
+    for (what, limits) in
+        [("only in", texts(&token.environments)), ("only from", texts(&token.source_addresses))]
+    {
+        if !limits.is_empty() {
+            said.push_str(&format!(", {what} {}", limits.join(" ")));
+        }
+    }
+    said
+}
+
+fn texts<T: ToString>(all: impl IntoIterator<Item = T>) -> Vec<String> {
+    all.into_iter().map(|one| one.to_string()).collect()
+}
+
+fn pruning(token: &TokenRecord) -> Record {
+    Record {
+        kind: Some(Kind::Intent),
+        operation: "prune_token".to_owned(),
+        detail: format!("ended more than 30 days ago: {}", said_of(token)),
+        ..Record::default()
+    }
 }
 
 /// Reading files, and checking what is in them, takes as long as there is of it.

@@ -15,23 +15,29 @@
 //! INVARIANT: the stores are reachable only through [`Guarded`], whose methods take a [`Grant`].
 
 mod administer;
+pub mod caches;
+pub mod consumers;
+pub mod keys;
 mod read;
 mod record;
+pub mod watch;
 mod write;
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
-use crate::audit::{AuditError, Log, Outcome, Record, VerifyingKey};
+use crate::audit::{AuditError, Log, Outcome, Record};
 use crate::clock::SharedClock;
 use crate::environment::{Durability, EnvironmentError, Registry};
 use crate::error::{Reason, Reasoned};
 use crate::identity::token::{TokenError, Tokens};
-use crate::identity::{IdentityError, Principal, SourceAddress};
+use crate::identity::{Principal, SourceAddress};
 use crate::policy::{Action, Context, Grant, Policies, PolicyError, Refusal, Resource};
 use crate::secret::{FieldError, SecretId};
 use crate::store::StoreError;
 use crate::store::guarded::Guarded;
+use crate::telemetry::metrics::Metrics;
 
 pub use administer::AuditView;
 pub use read::{BatchRequest, Disclosed, MAX_BATCH, Read};
@@ -47,10 +53,18 @@ pub struct Parts {
     pub stores: Guarded,
     /// What happened.
     pub log: Log,
-    /// The keys that the log's checkpoints are verified with: the present one and those before it.
-    pub audit_keys: Vec<VerifyingKey>,
     /// The broker's own tokens.
     pub tokens: Arc<Tokens>,
+    /// Who is told of changes.
+    pub feed: watch::Feed,
+    /// Who runs on which version.
+    pub consumers: consumers::Consumers,
+    /// What is remembered of the stores.
+    pub caches: caches::Caches,
+    /// The broker's own keys.
+    pub keys: keys::Keys,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
     /// The time.
     pub clock: SharedClock,
 }
@@ -58,6 +72,8 @@ pub struct Parts {
 /// The broker.
 pub struct Broker {
     parts: Parts,
+    /// Whether the last reload of the policies was refused.
+    reload_refused: AtomicBool,
 }
 
 /// A call as the front door understood it: who, from where, why.
@@ -151,7 +167,7 @@ impl Broker {
     /// A broker of these parts.
     #[must_use]
     pub const fn new(parts: Parts) -> Self {
-        Self { parts }
+        Self { parts, reload_refused: AtomicBool::new(false) }
     }
 
     /// The declared environments.
@@ -172,6 +188,12 @@ impl Broker {
         &self.parts.policies
     }
 
+    /// Who is told of changes.
+    #[must_use]
+    pub const fn feed(&self) -> &watch::Feed {
+        &self.parts.feed
+    }
+
     /// Records a caller who could not be recognised.
     ///
     /// # Errors
@@ -181,7 +203,7 @@ impl Broker {
         source_address: &SourceAddress,
         request_id: &str,
         operation: &'static str,
-        error: &IdentityError,
+        error: &impl Reasoned,
     ) -> Result<(), BrokerError> {
         let record = record::stranger(source_address, request_id, operation, error);
         self.append(record, Durability::Durable).await
@@ -197,6 +219,7 @@ impl Broker {
         error: BrokerError,
     ) -> BrokerError {
         let record = record::of_call(call, operation).about(environment, secret).ended(&error);
+        let record = record.with_detail(error.to_string());
         match self.append(record, Durability::Durable).await {
             Ok(()) => error,
             Err(unrecorded) => unrecorded,
@@ -238,11 +261,33 @@ impl Broker {
         action: Action,
         resource: &Resource,
     ) -> Result<Grant, (Option<Arc<crate::policy::Decision>>, BrokerError)> {
+        self.admitted(call, resource).map_err(|error| (None, error))?;
         let context = Context { reason: call.reason.clone() };
         self.parts
             .policies
             .authorize(&call.principal, action, resource, &context)
             .map_err(|refusal| (Some(Arc::clone(&refusal.decision)), refusal.into()))
+    }
+
+    /// Whether the caller's credential is good for what it asks about, and the caller where it may be. Asked before
+    /// policy is, and never cached: it depends on where a call comes from.
+    fn admitted(&self, call: &Call, resource: &Resource) -> Result<(), BrokerError> {
+        let environment = resource.environment();
+        let refuse = |message: String| Err(BrokerError::rejected(Reason::Denied, message));
+        if !call.principal.reaches(environment) {
+            return refuse(format!(
+                "{} presents a credential that is not good for {resource}; ask for another one",
+                call.principal
+            ));
+        }
+        let declared = environment.and_then(|environment| self.parts.registry.get(environment).ok());
+        match declared {
+            Some(declared) if !declared.admits(call.source_address.ip()) => refuse(format!(
+                "environment `{}` does not take calls from {}; call from an address of its source_addresses",
+                declared.name, call.source_address
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// Puts a change on record before it is made.

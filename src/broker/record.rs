@@ -2,8 +2,8 @@
 
 use super::{BrokerError, Call, outcome_of};
 use crate::audit::{Kind, Outcome, Record};
-use crate::error::Reasoned as _;
-use crate::identity::{IdentityError, SourceAddress};
+use crate::error::Reasoned;
+use crate::identity::SourceAddress;
 use crate::policy::{Action, Decision, Grant, Resource};
 use crate::secret::{FieldName, SecretId, Version};
 use crate::store::{Fetched, Source};
@@ -59,7 +59,7 @@ pub(super) fn stranger(
     source_address: &SourceAddress,
     request_id: &str,
     operation: &'static str,
-    error: &IdentityError,
+    error: &impl Reasoned,
 ) -> Record {
     Record {
         kind: Some(Kind::Access),

@@ -5,11 +5,12 @@
 
 use jiff::Timestamp;
 
+use super::watch::Current;
 use super::{Broker, BrokerError, Call, record};
 use crate::audit::Record;
 use crate::error::Reason;
 use crate::policy::{Action, Grant, Resource};
-use crate::secret::{LabelMove, SecretId, Version, VersionId};
+use crate::secret::{Label, LabelMove, SecretId, Version, VersionId};
 use crate::store::{Put, RecoveryWindow, Written};
 
 /// What a rollback left.
@@ -43,6 +44,7 @@ impl Broker {
         let grant = self.authorize(call, "put", Action::Write, &Resource::Secret(id)).await?;
         self.intend(call, "put", &grant).await?;
         let written = self.parts.stores.put(&grant, put).await.map_err(BrokerError::from);
+        self.made_current(&grant, &written).await;
         self.released(&grant, record::of_grant(call, "put", &grant), written, wrote).await
     }
 
@@ -88,6 +90,7 @@ impl Broker {
         let grant = self.authorize(call, "rollback", Action::Rollback, &Resource::Secret(id)).await?;
         self.intend(call, "rollback", &grant).await?;
         let written = self.parts.stores.rollback(&grant, to, expected).await.map_err(BrokerError::from);
+        self.made_current(&grant, &written).await;
         let written =
             self.released(&grant, record::of_grant(call, "rollback", &grant), written, wrote).await?;
         Ok(RolledBack { version: written.version, superseded: written.superseded })
@@ -106,6 +109,9 @@ impl Broker {
         let grant = self.authorize(call, "delete", Action::Delete, &Resource::Secret(id)).await?;
         self.intend(call, "delete", &grant).await?;
         let deleted = self.parts.stores.delete(&grant, window).await.map_err(BrokerError::from);
+        if deleted.is_ok() {
+            self.tell_watchers(&grant, Current::Gone).await;
+        }
         self.released(&grant, record::of_grant(call, "delete", &grant), deleted, |until, record| {
             record.done().with_detail(format!("can be restored until {until}"))
         })
@@ -120,7 +126,25 @@ impl Broker {
         let grant = self.authorize(call, "restore", Action::Delete, &Resource::Secret(id)).await?;
         self.intend(call, "restore", &grant).await?;
         let restored = self.parts.stores.restore(&grant).await.map_err(BrokerError::from);
+        if restored.is_ok() {
+            self.tell_watchers(&grant, Current::Unknown).await;
+        }
         self.finished(call, "restore", &grant, restored).await
+    }
+
+    async fn made_current(&self, grant: &Grant, written: &Result<Written, BrokerError>) {
+        if let Ok(Written { version, .. }) = written
+            && version.labels.contains(&Label::Current)
+        {
+            self.tell_watchers(grant, Current::Version(version.id.clone())).await;
+        }
+    }
+
+    /// Said as soon as the change is made, also where its second record fails: it was made.
+    async fn tell_watchers(&self, grant: &Grant, current: Current) {
+        if let Resource::Secret(id) = grant.resource() {
+            self.parts.feed.changed(id, current).await;
+        }
     }
 
     /// The end of something that has no more to say than whether it was done.

@@ -2,6 +2,7 @@
 //!
 //! Both are immutable and replaced as a whole: a reader takes no lock and never sees half of a change.
 
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use std::time::Duration;
 
 use crate::secret::{Label, SecretId, Selector};
@@ -13,6 +14,11 @@ const MOST_SELECTORS: usize = 8;
 const ENTRY_OVERHEAD: usize = 384;
 /// What the allocations of an answer cost beside their contents: value, version id and list of labels. An estimate.
 const SLOT_OVERHEAD: usize = 96;
+/// How many hits make an answer hot. One may be the second half of someone's start; from two on it is asked for again
+/// and again within one time to live.
+const HOT: u32 = 2;
+/// The last part of its time to live in which a hot answer is fetched anew: a fifth.
+const AHEAD: u32 = 5;
 
 /// The answer to one selector.
 #[derive(Clone)]
@@ -22,9 +28,29 @@ pub(super) struct Slot {
     /// When the store was asked, not when it answered: an age is never understated.
     pub(super) asked_at: Duration,
     pub(super) expires_at: Duration,
+    /// From when on it is fetched anew where it is hot.
+    ahead_from: Duration,
+    demand: Demand,
 }
 
 impl Slot {
+    pub(super) fn new(selector: Selector, fetched: Fetched, asked_at: Duration, lifetime: Duration) -> Self {
+        Self {
+            selector,
+            fetched,
+            asked_at,
+            expires_at: asked_at.saturating_add(lifetime),
+            ahead_from: asked_at.saturating_add(lifetime - lifetime / AHEAD),
+            demand: Demand::default(),
+        }
+    }
+
+    /// Counts a hit. True for one of them, where the answer is hot and nearly over: whoever makes it has the answer
+    /// fetched anew.
+    pub(super) fn hit(&self, now: Duration) -> bool {
+        self.demand.hit() && now >= self.ahead_from && self.demand.claim()
+    }
+
     pub(super) fn age(&self, now: Duration) -> Duration {
         now.saturating_sub(self.asked_at)
     }
@@ -43,6 +69,36 @@ impl Slot {
         let version = &self.fetched.version;
         let labels: usize = version.labels.iter().map(label).sum();
         size_of::<Self>() + SLOT_OVERHEAD + version.id.as_str().len() + labels + self.fetched.value.len()
+    }
+}
+
+/// How much an answer is wanted. Once it is known to be hot, a hit writes nothing: the processors share the cache line.
+#[derive(Default)]
+struct Demand {
+    hits: AtomicU32,
+    claimed: AtomicBool,
+}
+
+impl Demand {
+    /// Whether the answer is hot, with this hit.
+    fn hit(&self) -> bool {
+        self.hits.load(Relaxed) >= HOT || self.hits.fetch_add(1, Relaxed) + 1 >= HOT
+    }
+
+    /// True once.
+    fn claim(&self) -> bool {
+        !self.claimed.load(Relaxed) && !self.claimed.swap(true, Relaxed)
+    }
+}
+
+/// An entry is replaced as a whole, and its answers take along what is known of them. A hit that is counted meanwhile
+/// may be lost; then the answer is hot a hit later.
+impl Clone for Demand {
+    fn clone(&self) -> Self {
+        Self {
+            hits: AtomicU32::new(self.hits.load(Relaxed)),
+            claimed: AtomicBool::new(self.claimed.load(Relaxed)),
+        }
     }
 }
 
@@ -165,20 +221,9 @@ mod tests {
             created_at: jiff::Timestamp::UNIX_EPOCH,
         };
         let value = SecretValue::text("x".repeat(100)).unwrap();
-        let asked_at = Duration::from_secs(at);
-        Slot {
-            selector,
-            fetched: Fetched {
-                version,
-                value,
-                order,
-                source: Source::Store,
-                age: Duration::ZERO,
-                stale: false,
-            },
-            asked_at,
-            expires_at: asked_at + Duration::from_secs(60),
-        }
+        let (source, age, stale) = (Source::Store, Duration::ZERO, false);
+        let fetched = Fetched { version, value, order, source, age, stale };
+        Slot::new(selector, fetched, Duration::from_secs(at), Duration::from_secs(60))
     }
 
     const PREVIOUS: Selector = Selector::Label(Label::Previous);
@@ -213,6 +258,32 @@ mod tests {
         assert!(entry.slot(&Selector::CURRENT).is_some());
         assert!(entry.slot(&Selector::Version(version(99))).is_some(), "the newest id is kept");
         assert!(entry.slot(&Selector::Version(version(1))).is_none(), "the oldest is not");
+    }
+
+    #[test]
+    fn a_hot_answer_is_due_once_and_in_its_last_fifth() {
+        let at = Duration::from_secs;
+        let cold = slot(Selector::CURRENT, 1, Order::Revision(1), 0);
+        assert!(!cold.hit(at(59)), "the first hit");
+        assert!(cold.hit(at(59)), "the second");
+        assert!(!cold.hit(at(59)), "once");
+        let hot = slot(Selector::CURRENT, 1, Order::Revision(1), 0);
+        assert!((0..10).all(|_| !hot.hit(at(47))), "too early");
+        assert!(hot.hit(at(48)) && !hot.hit(at(49)));
+    }
+
+    #[test]
+    fn what_is_known_of_the_demand_outlasts_the_replacement_of_an_entry() {
+        let at = Duration::from_secs;
+        let current = |entry: &Entry, now| entry.slot(&Selector::CURRENT).unwrap().hit(at(now));
+        let entry = Entry::with(None, slot(Selector::CURRENT, 1, Order::Revision(1), 0));
+        assert!(!current(&entry, 1) && !current(&entry, 2));
+        let entry = Entry::with(Some(&entry), slot(PREVIOUS, 0, Order::Revision(1), 3)).held_back(at(9));
+        assert!(current(&entry, 50), "hot");
+        let entry = entry.held_back(at(51)).without(&PREVIOUS).unwrap();
+        assert!(!current(&entry, 52), "claimed");
+        let entry = Entry::with(Some(&entry), slot(Selector::CURRENT, 1, Order::Revision(1), 53));
+        assert!(!current(&entry, 112), "a new answer starts anew");
     }
 
     #[test]

@@ -18,9 +18,6 @@ use super::tracker::{Answer, Landing, Standing, Tracker, Verdict};
 use crate::secret::{SecretId, Selector, VersionId};
 use crate::store::{Freshness, StoreError};
 
-/// How long the store may take to answer; a store's own timeouts are shorter.
-const LONGEST: Duration = Duration::from_secs(30);
-
 /// A question under way. Dropping it, also by a panic of the store, ends the wait of everyone who joined.
 pub(super) struct Fetch {
     cache: Arc<Inner>,
@@ -133,7 +130,7 @@ impl Fetch {
                 let only = (!whole).then_some(selector);
                 tracker.void(only);
                 match only {
-                    None => cache.memory.forget(id),
+                    None => _ = cache.memory.forget(id),
                     Some(selector) => cache.memory.forget_selector(id, selector),
                 }
                 if keep && standing == Standing::Timely && is_absence(error) {
@@ -163,8 +160,9 @@ impl Inner {
                 many => self.store.batch_get(many, freshness).await,
             }
         };
-        let answers = tokio::time::timeout(LONGEST, asked).await.unwrap_or_else(|_| {
-            let cause = || format!("no answer within {} seconds", LONGEST.as_secs());
+        let longest = self.memory.settings().answer_within;
+        let answers = tokio::time::timeout(longest, asked).await.unwrap_or_else(|_| {
+            let cause = || format!("no answer within {longest:?}");
             let late = |(id, _): &(SecretId, Selector)| unavailable(id, cause());
             items.iter().map(|item| Err(late(item))).collect()
         });

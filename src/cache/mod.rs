@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! get ─▶ memory ── fresh ─────────────────────────────────────────────▶ answer (source: cache)
-//!           │ miss                                                        ▲
+//!           │   └── hot and nearly over ─▶ a fetch that nobody waits for   ▲
+//!           │ miss                                                        │
 //!           ▼                                                             │ the store can't be asked, and the age is
 //!        tracker ── someone asks already: join ──┐                        │ within ttl + stale_for (stale: true)
 //!           │ nobody does                        ▼                        │
@@ -18,11 +19,21 @@
 //! included), no longer than `stale_for`, and the answer says so. That a secret is gone, deleted or refused is never
 //! covered by a cached value, and evicts it.
 //!
-//! A hit takes no lock of ours: a lookup in the concurrent map, a scan of at most eight selectors, a reading of the
-//! clock. It allocates the list of labels, the text of each label of the user's own among them, and the future's box
-//! that the trait needs; value and version id are shared. A miss takes the lock of its shard, never across an await.
+//! An answer that is hot (from its second hit on) and in the last fifth of its time to live is fetched anew ahead of
+//! its end: once, by the rules of any other fetch, while readers go on getting what is remembered. Where the store can't
+//! be asked, nothing changes until that time is over; where it says that the secret is gone or refused, that is that.
 //!
-//! What is evicted is wiped when the last reference goes; the concurrent map may hold one for a little longer.
+//! Of secrets that are not to be cached nothing is kept, and each read asks the store. Those who ask at the same time
+//! share one call, so an answer may be as old as that call takes; whoever needs to know what holds after asking says
+//! [`Freshness::Refresh`].
+//!
+//! A hit takes no lock of ours: a lookup in the concurrent map, a scan of at most eight selectors, a reading of the
+//! clock, a reading of how hot the answer is. It allocates the list of labels, the text of each label of the user's own
+//! among them, and the future's box that the trait needs; value and version id are shared. A miss takes the lock of its
+//! shard, never across an await.
+//!
+//! What is evicted is wiped when the last reference goes; the concurrent map may hold one until it is used again, or
+//! [tidied](Cache::tidy).
 
 mod entry;
 mod fetch;
@@ -41,6 +52,7 @@ use async_trait::async_trait;
 use jiff::Timestamp;
 
 use crate::clock::SharedClock;
+use crate::environment::{Environment, NamePattern};
 use crate::secret::{EnvironmentName, LabelMove, SecretId, Selector};
 use crate::store::{
     Description, Fetched, Freshness, ListPage, ListRequest, Put, RecoveryWindow, Store, StoreError, Written,
@@ -54,7 +66,7 @@ use write::change;
 const SHARDS: usize = 16;
 
 /// How long and how much.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
     /// How long an answer is served without asking again, less up to a tenth by chance. Zero: nothing is cached.
     pub ttl: Duration,
@@ -64,6 +76,28 @@ pub struct Settings {
     pub stale_for: Duration,
     /// Bytes of values and bookkeeping, beyond which what is used least is evicted.
     pub capacity_bytes: u64,
+    /// How long the store may take to answer before it counts as unreachable; its own timeouts are shorter.
+    pub answer_within: Duration,
+    /// Secrets of which nothing is kept, neither values nor absences.
+    pub uncached: Vec<NamePattern>,
+}
+
+impl Settings {
+    /// 30 seconds.
+    pub const ANSWER_WITHIN: Duration = Duration::from_secs(30);
+
+    /// What an environment asks for, within `capacity_bytes`.
+    #[must_use]
+    pub fn of(environment: &Environment, capacity_bytes: u64) -> Self {
+        Self {
+            ttl: environment.ttl,
+            negative_ttl: environment.negative_ttl,
+            stale_for: environment.stale_for,
+            capacity_bytes,
+            answer_within: Self::ANSWER_WITHIN,
+            uncached: environment.uncached.clone(),
+        }
+    }
 }
 
 /// What a cache has done since it was made, and what it holds now.
@@ -77,6 +111,8 @@ pub struct Stats {
     pub stale: u64,
     /// Absences told from the cache.
     pub negative_hits: u64,
+    /// Fetches begun before an answer's time to live was over, because it was hot.
+    pub refreshes_ahead: u64,
     /// Calls that asked the store for values; a batch is one.
     pub upstream_calls: u64,
     /// Answers of the store to them that were errors other than an absence.
@@ -108,6 +144,7 @@ struct Counters {
     misses: AtomicU64,
     stale: AtomicU64,
     negative_hits: AtomicU64,
+    refreshes_ahead: AtomicU64,
     upstream_calls: AtomicU64,
     upstream_errors: AtomicU64,
 }
@@ -134,27 +171,35 @@ impl Cache {
         }
     }
 
-    /// Forgets one secret, or with `None` all. What is being fetched meanwhile is answered, and not kept.
-    pub fn purge(&self, id: Option<&SecretId>) {
+    /// Forgets one secret, or with `None` all, absences too; gives of how many secrets there was an answer. What is being
+    /// fetched meanwhile is answered, and not kept.
+    pub fn purge(&self, id: Option<&SecretId>) -> u64 {
         let Inner { memory, shards, .. } = &*self.inner;
         if let Some(id) = id {
             let mut shard = self.inner.shard(id);
             if let Some(tracker) = shard.known(id) {
                 tracker.void(None);
             }
-            memory.forget(id);
+            u64::from(memory.forget(id))
         } else {
             for shard in shards {
                 locked(shard).all().for_each(|tracker| tracker.void(None));
             }
-            memory.clear();
+            memory.clear()
         }
+    }
+
+    /// Does the housekeeping that is due: evicts what is too much, and lets go of what was removed. A cache that is used
+    /// does it now and then by itself, one that rests only here. Meant for every second or so; what was removed may
+    /// take two or three rounds, as a reader may still be looking at it.
+    pub fn tidy(&self) {
+        self.inner.memory.tidy();
     }
 
     /// What the cache has done and holds. Also does the housekeeping that is due.
     #[must_use]
     pub fn stats(&self) -> Stats {
-        let Counters { hits, misses, stale, negative_hits, upstream_calls, upstream_errors } =
+        let Counters { hits, misses, stale, negative_hits, refreshes_ahead, upstream_calls, upstream_errors } =
             &self.inner.counters;
         let (entries, bytes) = self.inner.memory.size();
         Stats {
@@ -162,6 +207,7 @@ impl Cache {
             misses: misses.load(Relaxed),
             stale: stale.load(Relaxed),
             negative_hits: negative_hits.load(Relaxed),
+            refreshes_ahead: refreshes_ahead.load(Relaxed),
             upstream_calls: upstream_calls.load(Relaxed),
             upstream_errors: upstream_errors.load(Relaxed),
             entries,
@@ -172,7 +218,7 @@ impl Cache {
 
 impl fmt::Debug for Cache {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Cache").field("settings", &self.inner.memory.settings()).finish_non_exhaustive()
+        f.debug_struct("Cache").field("settings", self.inner.memory.settings()).finish_non_exhaustive()
     }
 }
 
@@ -184,7 +230,10 @@ impl Store for Cache {
         selector: &Selector,
         freshness: Freshness,
     ) -> Result<Fetched, StoreError> {
-        if let Some(answer) = self.inner.recall(id, selector, freshness) {
+        let mut ahead = Vec::new();
+        let recalled = self.inner.recall(id, selector, freshness, &mut ahead);
+        Fetch::launch(ahead, freshness);
+        if let Some(answer) = recalled {
             return answer;
         }
         let mut fetches = Vec::new();
@@ -198,12 +247,13 @@ impl Store for Cache {
         items: &[(SecretId, Selector)],
         freshness: Freshness,
     ) -> Vec<Result<Fetched, StoreError>> {
-        let mut fetches = Vec::new();
+        let (mut fetches, mut ahead) = (Vec::new(), Vec::new());
         let mut landings: HashMap<&(SecretId, Selector), Landing> = HashMap::new();
         let mut questions = Vec::with_capacity(items.len());
         for item in items {
             let (id, selector) = item;
-            let asked = match (self.inner.recall(id, selector, freshness), landings.get(item)) {
+            let recalled = self.inner.recall(id, selector, freshness, &mut ahead);
+            let asked = match (recalled, landings.get(item)) {
                 (Some(answer), _) => Asked::Answered(answer),
                 (None, Some(landing)) => Asked::Waiting(landing.clone()),
                 (None, None) => self.inner.ask_or_join(id, selector, freshness, &mut fetches),
@@ -214,6 +264,8 @@ impl Store for Cache {
             questions.push(asked);
         }
         Fetch::launch(fetches, freshness);
+        // In a call of their own: nobody waits for these.
+        Fetch::launch(ahead, freshness);
         let mut answers = Vec::with_capacity(items.len());
         for ((id, selector), asked) in items.iter().zip(questions) {
             answers.push(self.inner.answer(id, selector, freshness, asked).await);
@@ -261,14 +313,36 @@ impl Store for Cache {
 }
 
 impl Inner {
-    /// What can be said at once, to who does not insist on the store.
-    fn recall(&self, id: &SecretId, selector: &Selector, freshness: Freshness) -> Option<Answer> {
+    /// What can be said at once, to who does not insist on the store. Adds to `ahead` what is to be fetched anew because
+    /// of it.
+    fn recall(
+        self: &Arc<Self>,
+        id: &SecretId,
+        selector: &Selector,
+        freshness: Freshness,
+        ahead: &mut Vec<Fetch>,
+    ) -> Option<Answer> {
         match freshness {
             Freshness::Cached => {
-                self.memory.recall(id, selector, self.clock.monotonic()).map(|recalled| self.count(recalled))
+                let recalled = self.memory.recall(id, selector, self.clock.monotonic())?;
+                if matches!(recalled, Recalled::Due(_)) {
+                    ahead.extend(self.fetch_ahead(id, selector));
+                }
+                Some(self.count(recalled))
             }
             Freshness::Refresh => None,
         }
+    }
+
+    /// The fetch of what is nearly over, unless someone asks for it already.
+    fn fetch_ahead(self: &Arc<Self>, id: &SecretId, selector: &Selector) -> Option<Fetch> {
+        let mut shard = self.shard(id);
+        if shard.known(id).is_some_and(|tracker| tracker.joinable(selector).is_some()) {
+            return None;
+        }
+        self.counters.refreshes_ahead.fetch_add(1, Relaxed);
+        let (fetch, _) = Fetch::begin(self, shard.tracker(id), id, selector, self.clock.monotonic());
+        Some(fetch)
     }
 
     /// Joins whoever asks the store already, or adds to `fetches` what is to be asked. A refresh asks by itself: it
@@ -283,7 +357,7 @@ impl Inner {
         let now = self.clock.monotonic();
         let mut shard = self.shard(id);
         if freshness == Freshness::Cached {
-            // Once more, now that nobody can settle: the answer may have come since the first look.
+            // Once more, now that nobody can settle: the answer may have come since the first look, and is new then.
             if let Some(recalled) = self.memory.recall(id, selector, now) {
                 return Asked::Answered(self.count(recalled));
             }
@@ -321,7 +395,7 @@ impl Inner {
     fn count(&self, recalled: Recalled) -> Answer {
         let Counters { hits, stale, negative_hits, .. } = &self.counters;
         let (counter, answer) = match recalled {
-            Recalled::Fresh(fetched) => (hits, Ok(fetched)),
+            Recalled::Fresh(fetched) | Recalled::Due(fetched) => (hits, Ok(fetched)),
             Recalled::Stale(fetched) => (stale, Ok(fetched)),
             Recalled::Absent(error) => (negative_hits, Err(error)),
         };

@@ -84,7 +84,8 @@ pub(super) struct VerifyArgs {
     /// Verify the chains in this folder, without a broker
     #[arg(long = "dir", value_name = "DIR")]
     folder: Option<PathBuf>,
-    /// File with a public key that signs checkpoints, in hex; may be repeated
+    /// File with public keys that sign checkpoints, in hex, one on each line; may be repeated. One key of a succession
+    /// is enough; the newest alone where a former one may be in wrong hands
     #[arg(long = "public-key", value_name = "FILE", requires = "folder")]
     public_keys: Vec<PathBuf>,
     /// Verify the chains without any key: whoever can write the files could have written them anew
@@ -294,8 +295,8 @@ fn verify_folder(folder: &Path, args: &VerifyArgs, context: &Context) -> Result<
              verify the chains alone",
         ));
     }
-    let keys: Result<Vec<_>, _> = args.public_keys.iter().map(|path| read_key(path)).collect();
-    let verified = audit::verify(folder, &keys?, &args.anchors);
+    let keys: Result<Vec<_>, _> = args.public_keys.iter().map(|path| read_keys(path)).collect();
+    let verified = audit::verify(folder, &keys?.concat(), &args.anchors);
     let mut report = verified.map_err(|error| not_verified(folder, error))?;
     if args.unsigned {
         report.findings.retain(|finding| finding.kind != FindingKind::UnknownKey);
@@ -316,21 +317,23 @@ fn not_verified(folder: &Path, error: AuditError) -> CliError {
     }
 }
 
-/// A public key: 64 hexadecimal digits, or the 32 bytes.
-fn read_key(path: &Path) -> Result<VerifyingKey, CliError> {
-    const MOST: u64 = 1_024;
+/// Public keys: each on its line as 64 hexadecimal digits, or one as its 32 bytes.
+fn read_keys(path: &Path) -> Result<Vec<VerifyingKey>, CliError> {
+    const MOST: u64 = 64 << 10;
     let refuse =
         |problem: String| CliError::new(Reason::InvalidKey, format!("{}: {problem}", path.display()));
     let mut bytes = Vec::new();
     std::fs::File::open(path)
         .and_then(|file| file.take(MOST).read_to_end(&mut bytes))
         .map_err(|error| refuse(format!("the public key can't be read: {error}")))?;
-    let key = match std::str::from_utf8(&bytes) {
-        Ok(text) if bytes.len() != 32 => VerifyingKey::parse(text),
-        _ => VerifyingKey::from_bytes(&bytes),
+    let keys = match std::str::from_utf8(&bytes) {
+        Ok(text) if bytes.len() != 32 => VerifyingKey::parse_list(text),
+        _ => VerifyingKey::from_bytes(&bytes).map(|key| vec![key]),
     };
-    key.map_err(|_| {
-        refuse("is no Ed25519 public key; it holds 64 hexadecimal digits, or 32 bytes".to_owned())
+    keys.map_err(|_| {
+        refuse(
+            "is no Ed25519 public key; it holds 64 hexadecimal digits on each line, or 32 bytes".to_owned(),
+        )
     })
 }
 
@@ -644,16 +647,19 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_hex_or_bytes() {
+    fn keys_are_hex_on_a_line_each_or_bytes() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("key.pub");
         let read = |content: &[u8]| {
             std::fs::write(&path, content).unwrap();
-            read_key(&path)
+            read_keys(&path)
         };
-        let hex = format!("{}\n", "0a".repeat(32));
-        assert_eq!(read(hex.as_bytes()).unwrap(), read(&[10; 32]).unwrap());
-        for bad in [&b""[..], b"xyz", &[10; 31], &[0xff; 64]] {
+        let (one, other) = ("0a".repeat(32), "0b".repeat(32));
+        assert_eq!(read(format!("{one}\n").as_bytes()).unwrap(), read(&[10; 32]).unwrap());
+        let both = read(format!("{one}\n{other}\n").as_bytes()).unwrap();
+        assert_eq!(both, [read(&[10; 32]).unwrap(), read(&[11; 32]).unwrap()].concat());
+        let second_bad = format!("{one}\nxyz\n");
+        for bad in [&b""[..], b"\n", b"xyz", &[10; 31], &[0xff; 64], second_bad.as_bytes()] {
             let error = read(bad).unwrap_err();
             assert_eq!(error.reason, Some(Reason::InvalidKey));
             assert!(error.message.contains("key.pub"), "{}", error.message);

@@ -1,25 +1,17 @@
 //! From what the caller said to a connection: which broker, with which token, by when.
 
-use std::fs::File;
-use std::io::Read as _;
-use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use rustix::fs::{Mode, OFlags};
-use zeroize::Zeroizing;
-
-use super::{CliError, Context, without_newline};
-use crate::client::{Address, Connection};
+use super::{CliError, Context};
+use crate::client::{Address, ClientIdentity, Connection, TlsOptions, read_token_file};
 use crate::secret::SecretValue;
-
-/// The largest token file. A token has 64 characters; another identity provider's may have more.
-const LARGEST_TOKEN: usize = 16 * 1024;
 
 /// Connects to the caller's broker, as the caller.
 pub(super) async fn connect(context: &Context) -> Result<Connection, CliError> {
     let address = address(context)?;
     let token = token(context)?;
-    Ok(Connection::open(&address, token.as_ref(), context.global.timeout).await?)
+    let tls = tls(context)?;
+    Ok(Connection::open_with(&address, &tls, token.as_ref(), context.global.timeout).await?)
 }
 
 fn address(context: &Context) -> Result<Address, CliError> {
@@ -41,7 +33,7 @@ fn token(context: &Context) -> Result<Option<SecretValue>, CliError> {
                  take this one for leaked: every process of this machine could read it",
             ));
         }
-        return read_token(path).map(Some).map_err(|problem| CliError::file(path, problem));
+        return Ok(Some(read_token_file(path)?));
     }
     // Whoever set it wants to be known by a token; what is left without one may be allowed more, or less.
     if context.environ.is_empty("CLAVIGER_TOKEN") {
@@ -53,44 +45,19 @@ fn token(context: &Context) -> Result<Option<SecretValue>, CliError> {
     Ok(token.map(|token| SecretValue::text(token.to_owned())).transpose()?)
 }
 
-/// Reads a token file: regular, the caller's or root's, for nobody else's eyes. A link is followed, as orchestrators
-/// mount tokens behind one; what it leads to is what is checked, on the open file. A newline at its end is no part of
-/// the token.
-fn read_token(path: &Path) -> Result<SecretValue, String> {
-    // Not blocking: opening a pipe would wait for someone to write to it.
-    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let file = rustix::fs::open(path, flags, Mode::empty())
-        .map_err(|error| format!("the token file can't be opened: {error}"))?;
-    let file = File::from(file);
-    let found = file.metadata().map_err(|error| format!("the token file can't be looked at: {error}"))?;
-    if !found.is_file() {
-        return Err("a token file is a regular file; this is a folder, a pipe or a device".to_owned());
-    }
-    if found.mode() & 0o077 != 0 {
-        return Err(format!(
-            "others may read the token file (mode {:o}); chmod 600 it",
-            found.mode() & 0o777
-        ));
-    }
-    let own = rustix::process::geteuid().as_raw();
-    if found.uid() != own && found.uid() != 0 {
-        return Err(format!("the token file belongs to uid {}; it must be yours or root's", found.uid()));
-    }
-    let mut bytes = Zeroizing::new(Vec::<u8>::with_capacity(LARGEST_TOKEN + 64));
-    file.take(LARGEST_TOKEN as u64 + 1)
-        .read_to_end(&mut bytes)
-        .map_err(|error| format!("the token file can't be read: {error}"))?;
-    let token = without_newline(&bytes);
-    if token.is_empty() {
-        return Err("the token file is empty; write the token into it".to_owned());
-    }
-    if bytes.len() > LARGEST_TOKEN {
-        return Err(format!(
-            "the token file is larger than {LARGEST_TOKEN} bytes; it holds one token and nothing else"
-        ));
-    }
-    let token = std::str::from_utf8(token).map_err(|_| "the token file does not hold text".to_owned())?;
-    SecretValue::text(token.to_owned()).map_err(|error| error.to_string())
+/// Whom to trust and what to present, should the broker be an `https://` one; the variables may be set for all.
+fn tls(context: &Context) -> Result<TlsOptions, CliError> {
+    let global = &context.global;
+    let file = |given: &Option<PathBuf>, variable: &str| {
+        given.clone().or_else(|| context.environ.path(variable).map(Path::to_owned))
+    };
+    let certificate = file(&global.client_cert, "CLAVIGER_CLIENT_CERT");
+    let key = file(&global.client_key, "CLAVIGER_CLIENT_KEY");
+    Ok(TlsOptions {
+        ca_file: file(&global.ca_file, "CLAVIGER_CA_FILE"),
+        identity: ClientIdentity::pair(certificate, key)?,
+        server_name: None,
+    })
 }
 
 #[cfg(test)]
@@ -100,61 +67,12 @@ mod tests {
     use crate::error::Reason;
     use std::os::unix::fs::PermissionsExt as _;
 
-    fn write(path: &Path, content: &[u8], mode: u32) {
-        std::fs::write(path, content).unwrap();
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
-    }
-
-    #[test]
-    fn a_token_file_is_read_without_its_newline() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("token");
-        for content in ["clv_1_x", "clv_1_x\n", "clv_1_x\r\n"] {
-            write(&path, content.as_bytes(), 0o600);
-            assert_eq!(read_token(&path).unwrap().expose_text(), Some("clv_1_x"), "{content:?}");
-        }
-        let link = folder.path().join("link");
-        std::os::unix::fs::symlink(&path, &link).unwrap();
-        assert!(read_token(&link).is_ok());
-    }
-
-    #[test]
-    fn each_wrong_token_file_has_its_own_message() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("token");
-        let refused = |path: &Path| read_token(path).unwrap_err();
-        assert!(refused(&path).contains("can't be opened"));
-        assert!(refused(folder.path()).contains("regular file"));
-        for (mode, shown) in [(0o644, "644"), (0o640, "640"), (0o620, "620")] {
-            write(&path, b"canary", mode);
-            assert!(refused(&path).contains(shown), "{mode:o}");
-        }
-        for (content, part) in [
-            (&b""[..], "empty"),
-            (b"\n", "empty"),
-            (b"\xff\xfe", "text"),
-            (&[b'a'; LARGEST_TOKEN + 1], "larger"),
-        ] {
-            write(&path, content, 0o600);
-            assert!(refused(&path).contains(part), "{part}");
-        }
-        let pipe = folder.path().join("pipe");
-        rustix::fs::mknodat(
-            rustix::fs::CWD,
-            &pipe,
-            rustix::fs::FileType::Fifo,
-            Mode::from_raw_mode(0o600),
-            0,
-        )
-        .unwrap();
-        assert!(refused(&pipe).contains("pipe"));
-    }
-
     #[test]
     fn the_file_comes_before_the_variable() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("token");
-        write(&path, b"from-file", 0o400);
+        std::fs::write(&path, "from-file\n").unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o400)).unwrap();
         let variables = [("CLAVIGER_TOKEN", "from-variable")];
         let option = ["--token-file", path.to_str().unwrap()];
         let both = token(&context(&option, &variables)).unwrap().unwrap();
@@ -168,6 +86,7 @@ mod tests {
         assert!(error.message.starts_with("CLAVIGER_TOKEN is set and empty"), "{}", error.message);
         let missing = ["--token-file", "/nonexistent/token"];
         let error = token(&context(&missing, &variables)).unwrap_err();
+        assert_eq!(error.reason, Some(Reason::InvalidArgument));
         assert!(error.message.starts_with("/nonexistent/token: "), "{}", error.message);
     }
 
@@ -188,5 +107,23 @@ mod tests {
         assert_eq!(shown(&[]), "unix:///b.sock");
         let error = address(&context(&["-a", "http://example.com"], &[])).unwrap_err();
         assert_eq!(error.reason, Some(Reason::InvalidArgument));
+    }
+
+    #[test]
+    fn certificates_are_named_by_option_or_variable_and_in_pairs() {
+        let variables = [
+            ("CLAVIGER_CA_FILE", "/v/ca"),
+            ("CLAVIGER_CLIENT_CERT", "/v/cert"),
+            ("CLAVIGER_CLIENT_KEY", "/v/key"),
+        ];
+        let found = tls(&context(&["--ca-file", "/o/ca", "--client-key", "/o/key"], &variables)).unwrap();
+        let identity = ClientIdentity { certificate: "/v/cert".into(), key: "/o/key".into() };
+        let expected =
+            TlsOptions { ca_file: Some("/o/ca".into()), identity: Some(identity), server_name: None };
+        assert_eq!(found, expected);
+        assert_eq!(tls(&context(&[], &[])).unwrap(), TlsOptions::default());
+        let error = tls(&context(&["--client-cert", "/o/cert"], &[])).unwrap_err();
+        assert_eq!(error.reason, Some(Reason::InvalidArgument));
+        assert!(error.message.contains("--client-key"), "{}", error.message);
     }
 }

@@ -8,7 +8,7 @@ use tempfile::TempDir;
 use tokio::sync::watch;
 
 use super::exit::{CliError, Exit};
-use super::serve::{Hangup, stop_on_signal, variables};
+use super::serve::{Hangup, start_logging, stop_on_signal, variables};
 use super::{Context, exec};
 use crate::client::{Address, Connection};
 use crate::config::assembly::Running;
@@ -19,8 +19,7 @@ use crate::identity::peer_credentials::{Caller, Config};
 use crate::inject::{self, Existing, Manifest, Options, SAMPLE_MANIFEST};
 use crate::policy::PolicySource;
 use crate::secret::EnvironmentName;
-use crate::server::{Bound, Limits, Listen};
-use crate::telemetry;
+use crate::server::{Bound, Listen};
 
 /// Runs a broker on an embedded store with sample secrets in development, staging and production, the shipped
 /// policies, and you as an administrator.
@@ -48,8 +47,7 @@ pub(super) struct Args {
 
 pub(super) async fn run(args: Args, context: &Context) -> Result<Exit, CliError> {
     let quiet = if args.command.is_empty() { None } else { Some("warn") };
-    let level = context.environ.text(telemetry::VARIABLE)?.or(quiet);
-    telemetry::start(level).map_err(CliError::usage)?;
+    start_logging(context, quiet)?;
     let place = Place::of(&args)?;
     let resolved = resolved(&args, &place, context)?;
     // With a command, signals are the command's.
@@ -117,18 +115,13 @@ fn resolved(args: &Args, place: &Place, context: &Context) -> Result<Resolved, C
     let you = Caller { uid, kind: PrincipalKind::User, id: name, groups };
     let unusable =
         |error: crate::environment::EnvironmentError| CliError::new(Reason::Internal, error.to_string());
+    let root_key = RootKeyChoice::File(place.directory.join("keys/root.key"));
+    let registry = samples::registry().map_err(unusable)?;
     Ok(Resolved {
-        root_key: RootKeyChoice::File(place.directory.join("keys/root.key")),
-        directory: place.directory.clone(),
-        listen: Vec::new(),
-        limits: Limits::default(),
-        policy: PolicySource::shipped(),
         instance: "dev".to_owned(),
-        retention: Resolved::RETENTION,
         peers: Config { callers: vec![you] },
-        cache_bytes: Resolved::CACHE_BYTES,
-        registry: samples::registry().map_err(unusable)?,
         accept_loss: args.accept_loss,
+        ..Resolved::new(place.directory.clone(), root_key, PolicySource::shipped(), registry)
     })
 }
 

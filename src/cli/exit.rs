@@ -63,6 +63,8 @@ impl Exit {
             | Reason::StoreThrottled
             | Reason::AuditUnavailable
             | Reason::DeadlineExceeded
+            | Reason::RateLimited
+            | Reason::SlowConsumer
             | Reason::Unavailable => 5,
             Reason::Conflict | Reason::TokenReused => 6,
             Reason::ApprovalRequired => 7,
@@ -72,6 +74,7 @@ impl Exit {
             | Reason::Tampered
             | Reason::WrongKey
             | Reason::InvalidKey
+            | Reason::InvalidCertificate
             | Reason::InvalidPolicy
             | Reason::InvalidConfig
             | Reason::LimitExceeded

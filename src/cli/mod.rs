@@ -9,13 +9,16 @@
 //! environment: `main.rs` hands it over once.
 
 mod audit;
+mod cache;
 mod connect;
+mod consumers;
 mod delete;
 mod describe;
 mod dev;
 mod exec;
 mod exit;
 mod get;
+mod key;
 mod list;
 mod output;
 mod policy;
@@ -24,6 +27,7 @@ mod rollback;
 mod serve;
 mod token;
 mod usage;
+mod watch;
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -127,6 +131,10 @@ async fn dispatch(command: Command, context: &Context) -> Result<Exit, CliError>
         Command::Policy(command) => policy::run(command, context).await,
         Command::Audit(command) => audit::run(command, context).await,
         Command::Token(command) => token::run(command, context).await,
+        Command::Key(command) => key::run(command, context).await,
+        Command::Cache(command) => cache::run(command, context).await,
+        Command::Watch(args) => watch::run(args, context).await,
+        Command::Consumers(args) => consumers::run(args, context).await,
         Command::Dev(args) => dev::run(args, context).await,
         Command::Serve(args) => serve::run(args, context).await,
     }
@@ -154,12 +162,22 @@ pub(crate) struct Global {
     /// Environment; else CLAVIGER_ENV. There is no default
     #[arg(short, long, alias = "environment", value_name = "ENV", global = true)]
     pub(crate) env: Option<EnvironmentName>,
-    /// Broker: unix:///path or http:// on loopback; else CLAVIGER_ADDR, else this machine's socket
+    /// Broker: unix:///path, https://, or http:// on loopback; else CLAVIGER_ADDR, else this machine's socket
     #[arg(short, long, value_name = "ADDRESS", global = true)]
     pub(crate) address: Option<String>,
     /// File that holds the token; else CLAVIGER_TOKEN holds it
     #[arg(long, value_name = "FILE", global = true)]
     pub(crate) token_file: Option<PathBuf>,
+    /// Certificate authority that an https:// broker must have its certificate from; else CLAVIGER_CA_FILE, else the
+    /// system's
+    #[arg(long, value_name = "FILE", global = true)]
+    pub(crate) ca_file: Option<PathBuf>,
+    /// Client certificate for an https:// broker; else CLAVIGER_CLIENT_CERT
+    #[arg(long, value_name = "FILE", global = true)]
+    pub(crate) client_cert: Option<PathBuf>,
+    /// Its key; else CLAVIGER_CLIENT_KEY
+    #[arg(long, value_name = "FILE", global = true)]
+    pub(crate) client_key: Option<PathBuf>,
     /// How answers and errors are written
     #[arg(long, value_name = "FORMAT", value_enum, default_value_t, global = true)]
     pub(crate) output: Format,
@@ -200,6 +218,16 @@ enum Command {
     /// Issue, list and revoke the broker's own tokens
     #[command(subcommand)]
     Token(token::Command),
+    /// Make, rotate and look at the broker's own keys
+    #[command(subcommand)]
+    Key(key::Command),
+    /// Make the broker forget what it remembers of its stores
+    #[command(subcommand)]
+    Cache(cache::Command),
+    /// Be told of versions that become current
+    Watch(watch::Args),
+    /// List who uses a secret, and which version
+    Consumers(consumers::Args),
     /// Run a throw-away broker with sample secrets
     Dev(dev::Args),
     /// Run the broker

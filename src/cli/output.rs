@@ -96,6 +96,15 @@ impl Output {
         self.stderr(&format!("claviger: {}\n", printable(text)));
     }
 
+    /// How far long work is: one line on stderr that the next takes the place of, where a person reads it. No text
+    /// takes it away.
+    pub(crate) fn progress(self, text: &str) {
+        if io::stderr().is_terminal() && !self.is_json() {
+            // Back to the line's start, and erase it (ECMA-48, EL).
+            self.stderr(&format!("\r\u{1b}[K{}", printable(text)));
+        }
+    }
+
     /// Why a command did not do what it was asked, on stderr.
     pub(crate) fn error(self, error: &CliError) {
         let Some(reason) = error.reason else { return };

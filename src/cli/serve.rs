@@ -11,9 +11,11 @@ use zeroize::Zeroizing;
 
 use super::Context;
 use super::exit::{CliError, Exit};
-use crate::config::Raw;
+use crate::config::Resolved;
 use crate::config::assembly::Running;
+use crate::config::check::{Finding, Level, check};
 use crate::error::Reason;
+use crate::server::admin::BoundAdmin;
 use crate::telemetry;
 
 /// Runs the broker in the foreground until SIGTERM or SIGINT.
@@ -22,32 +24,97 @@ pub(super) struct Args {
     /// The configuration (TOML)
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
+    /// Look at everything that the configuration names, say what is wrong, and end; nothing is changed
+    #[arg(long)]
+    check: bool,
+    /// With --check: also ask the stores
+    #[arg(long, requires = "check")]
+    online: bool,
     /// Start although the database or the audit log was brought back from the past, cut or removed; it is put on record
     #[arg(long)]
     accept_loss: bool,
 }
 
 pub(super) async fn run(args: Args, context: &Context) -> Result<Exit, CliError> {
-    telemetry::start(context.environ.text(telemetry::VARIABLE)?).map_err(CliError::usage)?;
+    let format = start_logging(context, None)?;
+    let say = |line: &str| match format {
+        telemetry::Format::Json => tracing::info!("{line}"),
+        telemetry::Format::Text => context.output.notice(line),
+    };
     let file = args.config.display().to_string();
     let text = read(&args.config)
         .map_err(|problem| CliError::new(Reason::InvalidConfig, format!("{file}: {problem}")))?;
-    let mut resolved = Raw::parse(&text, &file)?.resolve()?;
+    let mut resolved = Resolved::from_text(&text, &file)?;
+    if args.check {
+        let findings = check(&resolved, &variables(context), args.online, &context.clock).await;
+        return report(context, &file, &findings);
+    }
     resolved.accept_loss = args.accept_loss;
     // Before anything is opened, so that no signal finds a broker that can't end in good order.
     let stopped = stop_on_signal(Hangup::Reloads)?;
     let running = Running::start(&resolved, &variables(context), Arc::clone(&context.clock)).await?;
     for warning in &running.warnings {
-        context.output.notice(warning);
+        match format {
+            telemetry::Format::Json => tracing::warn!("{warning}"),
+            telemetry::Format::Text => context.output.notice(warning),
+        }
     }
     let mut doors = Vec::new();
     for listen in &resolved.listen {
         let door = listen.bind().await?;
-        context.output.notice(&format!("listening on {}", door.address()));
+        say(&format!("listening on {}", door.address()));
         doors.push(door);
     }
+    let running = match resolved.admin {
+        Some(address) => {
+            let admin = BoundAdmin::bind(address).await?;
+            say(&format!("probes and metrics on http://{}", admin.address()));
+            running.with_admin(admin)
+        }
+        None => running,
+    };
     running.serve(doors, resolved.limits, stopped).await?;
     Ok(Exit::DONE)
+}
+
+/// One line for each finding; a problem makes it exit 1.
+fn report(context: &Context, file: &str, findings: &[Finding]) -> Result<Exit, CliError> {
+    let named = |level| match level {
+        Level::Fine => "ok",
+        Level::Warning => "warning",
+        Level::Problem => "error",
+    };
+    let problems = findings.iter().filter(|finding| finding.level == Level::Problem).count();
+    if context.output.is_json() {
+        let found: Vec<_> = findings
+            .iter()
+            .map(|finding| {
+                serde_json::json!({"level": named(finding.level), "place": finding.place, "message": finding.said})
+            })
+            .collect();
+        context.output.json(&serde_json::json!({"file": file, "problems": problems, "findings": found}))?;
+    } else {
+        for finding in findings {
+            let line = format!("{:8} {}: {}", named(finding.level), finding.place, finding.said);
+            context.output.text(&line)?;
+        }
+        let end = match problems {
+            0 => format!("{file}: a broker can start"),
+            1 => format!("{file}: 1 problem"),
+            many => format!("{file}: {many} problems"),
+        };
+        context.output.text(&end)?;
+    }
+    Ok(if problems == 0 { Exit::DONE } else { Exit::FAULTS })
+}
+
+/// Logs as the process's environment says; `level` where it says nothing.
+pub(super) fn start_logging(context: &Context, level: Option<&str>) -> Result<telemetry::Format, CliError> {
+    let format = telemetry::Format::parse(context.environ.text(telemetry::FORMAT_VARIABLE)?);
+    let format = format.map_err(CliError::usage)?;
+    let level = context.environ.text(telemetry::VARIABLE)?.or(level);
+    telemetry::start(level, format).map_err(CliError::usage)?;
+    Ok(format)
 }
 
 /// Reads the variables that a configuration names; one that is not text counts as not set.
@@ -66,7 +133,7 @@ fn read(path: &Path) -> Result<String, String> {
         }
         Ok(_) => Ok(text),
         Err(error) if error.kind() == ErrorKind::NotFound => {
-            Err("does not exist; deploy/broker.toml is one to start from".to_owned())
+            Err("does not exist; deploy/one-machine.toml is one to start from".to_owned())
         }
         Err(error) => Err(format!("can't be read: {error}")),
     }

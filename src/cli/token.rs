@@ -3,7 +3,7 @@
 //! ```text
 //! create  {"token":{…},"secret"}
 //! list    {"tokens":[{"id","kind":"user"|"workload","principal","groups","claims","created_at","expires_at",
-//!                     "revoked_at","created_by"}]}
+//!                     "revoked_at","created_by","environments","source_addresses","last_used_at","last_used_from"}]}
 //! revoke  {"id"}
 //! ```
 //! The secret is in the answer to `create` and nowhere else.
@@ -20,7 +20,9 @@ use super::output::{self, Output, moment, table};
 use super::{CliError, Context, Exit};
 use crate::client::ClientError;
 use crate::clock::{SharedClock, parse_duration};
+use crate::identity::token::SourceRange;
 use crate::proto::v1;
+use crate::secret::EnvironmentName;
 
 /// What can be done with tokens.
 #[derive(clap::Subcommand)]
@@ -41,6 +43,12 @@ pub(super) struct CreateArgs {
     /// How long it lasts: 1m to 400d
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     expires: Duration,
+    /// Environment that it is good for; may be repeated; without one, for all and the broker itself
+    #[arg(long = "only-in", value_name = "ENV")]
+    environments: Vec<EnvironmentName>,
+    /// Where it may be used from: an address, a CIDR range or `unix`; may be repeated; without one, anywhere
+    #[arg(long = "from", value_name = "RANGE", value_parser = SourceRange::parse)]
+    source_addresses: Vec<SourceRange>,
 }
 
 /// Whom a token, or a question, is about.
@@ -84,6 +92,8 @@ async fn create(args: CreateArgs, context: &Context) -> Result<(), CliError> {
         subject: Some(args.subject.into_subject()?),
         expires_in: Some(expires_in),
         reason: context.reason(),
+        environments: args.environments.iter().map(ToString::to_string).collect(),
+        source_addresses: args.source_addresses.iter().map(ToString::to_string).collect(),
     };
     let answer = connect(context).await?.tokens().create_token(request).await.map_err(ClientError::from)?;
     let answer = answer.into_inner();
@@ -216,6 +226,12 @@ struct Token {
     expires_at: Option<Timestamp>,
     revoked_at: Option<Timestamp>,
     created_by: String,
+    /// None: all.
+    environments: Vec<String>,
+    /// None: anywhere.
+    source_addresses: Vec<String>,
+    last_used_at: Option<Timestamp>,
+    last_used_from: Option<String>,
 }
 
 impl From<v1::Token> for Token {
@@ -235,6 +251,10 @@ impl From<v1::Token> for Token {
             expires_at: output::time(token.expires_at),
             revoked_at: output::time(token.revoked_at),
             created_by: token.created_by,
+            environments: token.environments,
+            source_addresses: token.source_addresses,
+            last_used_at: output::time(token.last_used_at),
+            last_used_from: Some(token.last_used_from).filter(|place| !place.is_empty()),
         }
     }
 }
@@ -250,19 +270,33 @@ impl Token {
 }
 
 fn text(tokens: &[Token], clock: &SharedClock) -> String {
+    const HEADER: [&str; 9] =
+        ["ID", "STANDS FOR", "GROUPS", "STATE", "EXPIRES", "ENVIRONMENTS", "FROM", "LAST USED", "ISSUED BY"];
     let now = clock.now();
-    let row = |token: &Token| {
-        let groups = token.groups.iter().map(String::as_str).collect::<Vec<_>>().join(",");
-        let subject = format!("{} {}", token.kind, token.principal);
-        let (state, until) = (token.state(now).to_owned(), moment(token.expires_at));
-        [token.id.clone(), subject, groups, state, until, token.created_by.clone()]
-    };
     match tokens {
         [] => String::new(),
-        tokens => {
-            table(["ID", "STANDS FOR", "GROUPS", "STATE", "EXPIRES", "ISSUED BY"], tokens.iter().map(row))
-        }
+        tokens => table(HEADER, tokens.iter().map(|token| row(token, now))),
     }
+}
+
+/// A `*` stands for all environments, and for anywhere: neither is called so.
+fn row(token: &Token, now: Timestamp) -> [String; 9] {
+    let all_or = |some: &[String]| if some.is_empty() { "*".to_owned() } else { some.join(",") };
+    let last_used = match &token.last_used_from {
+        Some(place) => format!("{} {place}", moment(token.last_used_at)),
+        None => "never".to_owned(),
+    };
+    [
+        token.id.clone(),
+        format!("{} {}", token.kind, token.principal),
+        token.groups.iter().map(String::as_str).collect::<Vec<_>>().join(","),
+        token.state(now).to_owned(),
+        moment(token.expires_at),
+        all_or(&token.environments),
+        all_or(&token.source_addresses),
+        last_used,
+        token.created_by.clone(),
+    ]
 }
 
 #[cfg(test)]
@@ -283,6 +317,10 @@ mod tests {
             expires_at: Some(at(expires)),
             revoked_at: revoked.map(at),
             created_by: "User::\"root\"".to_owned(),
+            environments: Vec::new(),
+            source_addresses: Vec::new(),
+            last_used_at: None,
+            last_used_from: None,
         }
     }
 
@@ -294,6 +332,38 @@ mod tests {
             shown.lines().skip(1).filter_map(|line| line.split_whitespace().nth(4)).collect();
         assert_eq!(states, ["valid", "expired", "revoked"], "{shown}");
         assert_eq!(text(&[], &clock), "");
+    }
+
+    #[test]
+    fn limits_and_the_last_use_are_shown() {
+        let clock: SharedClock = ManualClock::new(Timestamp::from_second(100).unwrap());
+        let limited = Token {
+            environments: vec!["staging".to_owned(), "development".to_owned()],
+            source_addresses: vec!["10.0.0.0/8".to_owned(), "unix".to_owned()],
+            last_used_at: Some(Timestamp::from_second(90).unwrap()),
+            last_used_from: Some("10.1.2.3".to_owned()),
+            ..token("a", 200, None)
+        };
+        let shown = text(&[limited, token("b", 200, None)], &clock);
+        let lines: Vec<_> = shown.lines().map(|line| line.split_whitespace().collect::<Vec<_>>()).collect();
+        let used = ["1970-01-01T00:01:30Z", "10.1.2.3"];
+        assert_eq!(lines[1][6..10], [&["staging,development", "10.0.0.0/8,unix"][..], &used].concat());
+        assert_eq!(lines[2][6..9], ["*", "*", "never"]);
+    }
+
+    #[test]
+    fn limits_are_checked_before_anyone_is_asked() {
+        let create = ["token", "create", "--user", "a", "--expires", "1h"];
+        for (option, bad) in [
+            ("--only-in", "Staging"),
+            ("--only-in", ""),
+            ("--from", "10.0.0.1/8"),
+            ("--from", "example.com"),
+            ("--from", ""),
+        ] {
+            let arguments = [&create[..], &[option, bad]].concat();
+            assert_eq!(refusal(&arguments).exit_code(), 2, "{arguments:?}");
+        }
     }
 
     #[test]

@@ -6,25 +6,29 @@
 //! ```
 
 use std::collections::BTreeMap;
-use std::fs::DirBuilder;
-use std::io;
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{Mutex, watch};
+use tokio::task::JoinSet;
 use zeroize::Zeroizing;
 
+use super::audit_keys::{self, AuditKeyFiles};
 use super::state::{self, AuditPlace, StateError};
-use super::{Resolved, RootKeyChoice, housekeeping, reload};
-use crate::audit::{self, Anchor, AuditError, Log, SigningKey, VerifyingKey};
+use super::{Resolved, figures, folder, health, housekeeping, reload, root_keys};
+use crate::audit::{self, Anchor, AuditError, Log};
+use crate::broker::caches::Caches;
+use crate::broker::consumers::Consumers;
+use crate::broker::keys::Keys;
+use crate::broker::watch::Feed;
 use crate::broker::{Broker, BrokerError, Parts};
 use crate::cache::{self, Cache};
 use crate::clock::SharedClock;
-use crate::crypto::{KeyError, RootKey, RootKeySource, create_key_file, read_key_file};
-use crate::environment::StoreChoice;
+use crate::crypto::{KeyError, KeyRing};
+use crate::environment::{Environment, StoreChoice};
 use crate::error::{Reason, Reasoned};
+use crate::identity::mtls::Mtls;
 use crate::identity::peer_credentials::PeerCredentials;
 use crate::identity::token::{TokenError, Tokens};
 use crate::identity::{Authenticator, Chain};
@@ -32,11 +36,16 @@ use crate::kv::embedded::Embedded;
 use crate::kv::{Kv, KvError};
 use crate::policy::{Policies, PolicyError, PolicySource};
 use crate::secret::EnvironmentName;
-use crate::server::{self, Bound, ServerError};
+use crate::server::admin::BoundAdmin;
+use crate::server::health::Health;
+use crate::server::limits::RateLimits;
+use crate::server::tls::Tls;
+use crate::server::{self, Bound, House, Places, ServerError};
 use crate::store::aws::Aws;
 use crate::store::guarded::Guarded;
 use crate::store::sealed::Sealed;
 use crate::store::{Store, StoreError};
+use crate::telemetry::metrics::Metrics;
 
 /// Reads one variable of the process environment; the process's own is read at the edge and nowhere else.
 pub type ReadVariable<'a> = &'a (dyn Fn(&str) -> Option<Zeroizing<String>> + Sync);
@@ -131,9 +140,13 @@ pub struct Running {
     pub warnings: Vec<String>,
     identity: Arc<Chain>,
     kv: Embedded,
+    ring: Arc<KeyRing>,
     place: Arc<Mutex<AuditPlace>>,
     sealed: Arc<Sealed>,
     policy: PolicySource,
+    metrics: Arc<Metrics>,
+    clock: SharedClock,
+    admin: Option<BoundAdmin>,
 }
 
 impl Running {
@@ -148,23 +161,28 @@ impl Running {
     ) -> Result<Self, StartError> {
         let directory = &resolved.directory;
         let keys = directory.join("keys");
-        private_folder(directory)?;
-        private_folder(&keys)?;
+        folder::make_private(directory)?;
+        folder::make_private(&keys)?;
         let database = directory.join("claviger.db");
         let kv = open_kv(&database, &clock).await?;
         let fresh = kv.last_revision() == 0;
         let mut warnings = Vec::new();
         let shared: Arc<dyn Kv> = Arc::new(kv.clone());
-        let root = Arc::new(root_key(&resolved.root_key, fresh, variable, &mut warnings)?);
-        let state_key = state::key(shared.as_ref(), &root).await?;
-        let sealed = Arc::new(Sealed::open(Arc::clone(&shared), root, Arc::clone(&clock)).await?);
+        let previous = &resolved.previous_root_keys;
+        let loaded = root_keys::load(&resolved.root_key, previous, fresh, variable, &mut warnings)?;
+        let ring = Arc::clone(&loaded.ring);
+        let state_key = state::key(shared.as_ref(), &ring).await?;
+        let sealed =
+            Arc::new(Sealed::open(Arc::clone(&shared), Arc::clone(&ring), Arc::clone(&clock)).await?);
+        let rotation = loaded.rotation(Arc::clone(&shared), Arc::clone(&sealed));
+        warnings.extend(rotation.reminder().await?);
         let tokens =
             Arc::new(Tokens::open(Arc::clone(&shared), Arc::clone(&state_key), Arc::clone(&clock)).await?);
         let generation: Generation = {
             let (sealed, tokens) = (Arc::clone(&sealed), Arc::clone(&tokens));
             Arc::new(move || sealed.generation() + tokens.generation())
         };
-        let mut place = AuditPlace::new(Arc::clone(&shared), state_key, &resolved.instance);
+        let mut place = AuditPlace::new(Arc::clone(&shared), Arc::clone(&state_key), &resolved.instance);
         let expected = match place.read().await {
             // The place is kept before the first change is made: a store with changes and no place lost it.
             Ok(None) if generation() > 0 && !resolved.accept_loss => return Err(StateError::Tampered.into()),
@@ -180,25 +198,25 @@ impl Running {
         let policies =
             Policies::load(resolved.policy.clone(), resolved.registry.clone(), Arc::clone(&clock))?;
         warnings.extend(policies.warnings());
-        warnings.extend(resolved.registry.iter().filter(|environment| environment.parent.is_some()).map(
-            |environment| {
-                format!(
-                    "environments.{}.parent: is kept, but nothing is inherited in this version",
-                    environment.name
-                )
-            },
-        ));
-        let stores = stores(resolved, &sealed, &clock).await?;
+        warnings.extend(resolved.registry.iter().filter_map(|environment| not_inherited(environment)));
+        let (stores, caches) = stores(resolved, &sealed, &clock).await?;
         let peers = PeerCredentials::new(resolved.peers.clone()).map_err(StartError::Config)?;
-        let chain: Vec<Arc<dyn Authenticator>> = vec![Arc::clone(&tokens) as _, Arc::new(peers)];
+        let mtls = Mtls::new(resolved.mtls.clone()).map_err(StartError::Config)?;
+        let chain: Vec<Arc<dyn Authenticator>> =
+            vec![Arc::clone(&tokens) as _, Arc::new(mtls), Arc::new(peers)];
+        let metrics = Arc::new(Metrics::new(server::grpc::methods()));
         let broker = Arc::new(Broker::new(Parts {
             registry: resolved.registry.clone(),
             policies: Arc::new(policies),
             stores,
             log,
-            audit_keys,
             tokens,
-            clock,
+            feed: Feed::new(Arc::clone(&shared), &resolved.registry, Arc::clone(&clock)),
+            consumers: Consumers::new(shared, state_key, Arc::clone(&clock)),
+            caches,
+            keys: Keys::new(Arc::new(rotation), audit_keys),
+            metrics: Arc::clone(&metrics),
+            clock: Arc::clone(&clock),
         }));
         broker.record_policy_loaded("start").await?;
         Ok(Self {
@@ -206,10 +224,20 @@ impl Running {
             warnings,
             identity: Arc::new(Chain::new(chain)),
             kv,
+            ring,
             place: Arc::new(Mutex::new(place)),
             sealed,
             policy: resolved.policy.clone(),
+            metrics,
+            clock,
+            admin: None,
         })
+    }
+
+    /// The same, with the HTTP door for probes and metrics.
+    #[must_use]
+    pub fn with_admin(self, admin: BoundAdmin) -> Self {
+        Self { admin: Some(admin), ..self }
     }
 
     /// Serves until `shutdown` says true; then drains, signs the audit log off and closes the store.
@@ -217,26 +245,53 @@ impl Running {
     /// # Errors
     /// [`StartError`]; also where the end was not orderly.
     pub async fn serve(
-        self,
+        mut self,
         doors: Vec<Bound>,
         limits: server::Limits,
         shutdown: watch::Receiver<bool>,
     ) -> Result<(), StartError> {
         let _reloading = reload::on_change(Arc::clone(&self.broker), &self.policy, shutdown.clone())?;
-        let house = housekeeping::House {
+        let tls: Vec<Arc<Tls>> = doors.iter().filter_map(|door| door.tls().cloned()).collect();
+        let house = self.house(limits, &tls, shutdown.clone());
+        // Nothing of this holds the end up: dropped, it ends.
+        let mut beside = JoinSet::new();
+        beside.spawn(Arc::clone(&house.health).keep());
+        beside.spawn(self.housekeeping().keep(shutdown.clone()));
+        if let Some(admin) = self.admin.take() {
+            let scrape = figures::scrape(&house, tls, self.ring.ids().len());
+            beside.spawn(admin.serve(Arc::clone(&house.health), scrape));
+        }
+        let served = server::serve(house, doors, shutdown).await;
+        beside.shutdown().await;
+        let stopped = self.stop().await;
+        served?;
+        stopped
+    }
+
+    fn house(&self, limits: server::Limits, tls: &[Arc<Tls>], shutdown: watch::Receiver<bool>) -> House {
+        let (broker, clock) = (&self.broker, &self.clock);
+        let kv: Arc<dyn Kv> = Arc::new(self.kv.clone());
+        let checks = health::checks(broker, &kv, &self.ring, tls, clock);
+        let server::Limits { per_principal, per_address, strangers, .. } = limits;
+        House {
+            broker: Arc::clone(broker),
+            identity: Arc::clone(&self.identity),
+            rates: Arc::new(RateLimits::new(per_principal, per_address, strangers, Arc::clone(clock))),
+            places: Places::new(&limits),
+            health: Health::new(checks, Arc::clone(clock), shutdown),
+            metrics: Arc::clone(&self.metrics),
+            clock: Arc::clone(clock),
+            limits,
+        }
+    }
+
+    fn housekeeping(&self) -> housekeeping::House {
+        housekeeping::House {
             kv: self.kv.clone(),
             sealed: Arc::clone(&self.sealed),
             place: Arc::clone(&self.place),
             broker: Arc::clone(&self.broker),
-        };
-        let kept = tokio::spawn(house.keep(shutdown.clone()));
-        let served =
-            server::serve(Arc::clone(&self.broker), Arc::clone(&self.identity), doors, limits, shutdown)
-                .await;
-        kept.abort();
-        let stopped = self.stop().await;
-        served?;
-        stopped
+        }
     }
 
     /// Signs the audit log off and closes the store.
@@ -244,6 +299,9 @@ impl Running {
     /// # Errors
     /// [`StartError`].
     pub async fn stop(&self) -> Result<(), StartError> {
+        if let Err(error) = self.broker.keep_token_use().await {
+            tracing::warn!(%error, "the last use of tokens could not be kept");
+        }
         let signed_off = self.broker.log().close().await;
         self.place.lock().await.keep(self.broker.log().last_checkpoint()).await?;
         self.kv.close().await?;
@@ -257,70 +315,25 @@ impl std::fmt::Debug for Running {
     }
 }
 
-/// A folder for this user alone: made where it is missing, refused where others may write into it.
-fn private_folder(path: &Path) -> Result<(), StartError> {
-    let refuse = |problem: String| StartError::Folder { path: path.display().to_string(), problem };
-    match DirBuilder::new().mode(0o700).recursive(false).create(path) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(refuse(error.to_string())),
-        _ => {}
-    }
-    let found = std::fs::symlink_metadata(path).map_err(|error| refuse(error.to_string()))?;
-    if !found.is_dir() {
-        return Err(refuse("is not a folder, or a link to one; name the folder itself".to_owned()));
-    }
-    let ours = rustix::process::geteuid().as_raw();
-    if found.uid() != ours {
-        return Err(refuse(format!(
-            "belongs to uid {}, and this process is uid {ours}; run `chown` on it",
-            found.uid()
-        )));
-    }
-    if found.mode() & 0o077 != 0 {
-        let mode = found.mode() & 0o7777;
-        return Err(refuse(format!("mode {mode:04o} lets others in; run `chmod 0700` on it")));
-    }
-    Ok(())
+fn not_inherited(environment: &Environment) -> Option<String> {
+    environment.parent.is_some().then(|| {
+        format!("environments.{}.parent: is kept, but nothing is inherited in this version", environment.name)
+    })
 }
 
-/// The log, and the keys that its checkpoints are verified with. The signing key is made with the first log and
-/// never again: a log without its key is refused, not signed by a new one.
 fn open_log(
     resolved: &Resolved,
     keys: &Path,
     expected: Option<Anchor>,
     generation: &Generation,
     clock: &SharedClock,
-) -> Result<(Log, Vec<VerifyingKey>), StartError> {
-    let folder = resolved.directory.join("audit");
-    let path = keys.join("audit.key");
-    if !path.exists() && expected.is_none() && !folder.join(&resolved.instance).exists() {
-        create_key_file(&path, &SigningKey::generate_pkcs8()?)?;
-    }
-    let key = SigningKey::from_pkcs8(&read_key_file(&path, 1_024)?)?;
-    let public = key.verifying_key();
-    publish(&keys.join("audit.pub"), &public)?;
-    let mut settings = audit::Settings::new(folder, resolved.instance.clone());
+) -> Result<(Log, Arc<AuditKeyFiles>), StartError> {
+    let mut settings = audit::Settings::new(resolved.directory.join("audit"), resolved.instance.clone());
     settings.retention = resolved.retention;
     settings.generation = Arc::clone(generation);
     settings.expected = expected;
     settings.accept_loss = resolved.accept_loss;
-    Ok((Log::open(settings, key, Arc::clone(clock))?, vec![public]))
-}
-
-/// The public half, for whoever verifies the log elsewhere. One that is there is never overwritten: it is what old
-/// checkpoints are verified with.
-fn publish(path: &Path, key: &VerifyingKey) -> Result<(), StartError> {
-    let refuse = |problem: String| StartError::Folder { path: path.display().to_string(), problem };
-    match std::fs::read_to_string(path) {
-        Ok(found) if found.trim() == key.to_hex() => Ok(()),
-        Ok(_) => Err(refuse(
-            "is not the public half of audit.key beside it; put the right audit.key back".to_owned(),
-        )),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            std::fs::write(path, format!("{}\n", key.to_hex())).map_err(|error| refuse(error.to_string()))
-        }
-        Err(error) => Err(refuse(error.to_string())),
-    }
+    audit_keys::open_log(keys, settings, Arc::clone(clock))
 }
 
 /// Opens the database. A process that was just killed lets go of it a moment after it is gone, so one that is in use is
@@ -338,54 +351,14 @@ async fn open_kv(path: &Path, clock: &SharedClock) -> Result<Embedded, KvError> 
     Embedded::open(path, Arc::clone(clock)).await
 }
 
-fn root_key(
-    choice: &RootKeyChoice,
-    fresh: bool,
-    variable: ReadVariable<'_>,
-    warnings: &mut Vec<String>,
-) -> Result<RootKey, StartError> {
-    let source = match choice {
-        RootKeyChoice::File(path) => {
-            // Made only for a store that holds nothing yet: a new key for old data would lock everyone out.
-            if fresh && !path.exists() {
-                RootKey::generate()?.create_file(path)?;
-                warnings.push(format!(
-                    "made a new root key in {}; keep a copy elsewhere, without it every sealed value is lost",
-                    path.display()
-                ));
-            }
-            RootKeySource::File(path.clone())
-        }
-        RootKeyChoice::SystemdCredential(name) => {
-            let missing = || {
-                StartError::NoKey("CREDENTIALS_DIRECTORY is not set; start under systemd with LoadCredential=, or set root_key.file".to_owned())
-            };
-            let directory = PathBuf::from(variable("CREDENTIALS_DIRECTORY").ok_or_else(missing)?.as_str());
-            RootKeySource::SystemdCredential { directory, name: name.clone() }
-        }
-        RootKeyChoice::Environment(name) => {
-            let missing = || {
-                StartError::NoKey(format!(
-                    "environment variable `{}` is not set; set it to 64 hex digits",
-                    name.escape_default()
-                ))
-            };
-            RootKeySource::EnvironmentValue { name: name.clone(), value: variable(name).ok_or_else(missing)? }
-        }
-    };
-    let (key, warning) = RootKey::load(&source)?;
-    warnings.extend(warning);
-    warnings.extend(key.shortfalls().iter().cloned());
-    Ok(key)
-}
-
 /// One cached store for each environment; the sealed ones share the store below.
 async fn stores(
     resolved: &Resolved,
     sealed: &Arc<Sealed>,
     clock: &SharedClock,
-) -> Result<Guarded, StartError> {
+) -> Result<(Guarded, Caches), StartError> {
     let mut stores: BTreeMap<EnvironmentName, Arc<dyn Store>> = BTreeMap::new();
+    let mut caches = BTreeMap::new();
     for environment in resolved.registry.iter() {
         let below: Arc<dyn Store> = match &environment.store {
             StoreChoice::Sealed => Arc::clone(sealed) as _,
@@ -393,13 +366,10 @@ async fn stores(
                 Arc::new(Aws::connect(environment.name.clone(), settings, Arc::clone(clock)).await?)
             }
         };
-        let settings = cache::Settings {
-            ttl: environment.ttl,
-            negative_ttl: environment.negative_ttl,
-            stale_for: environment.stale_for,
-            capacity_bytes: resolved.cache_bytes,
-        };
-        stores.insert(environment.name.clone(), Arc::new(Cache::new(below, settings, Arc::clone(clock))));
+        let settings = cache::Settings::of(environment, resolved.cache_bytes);
+        let cache = Cache::new(below, settings, Arc::clone(clock));
+        stores.insert(environment.name.clone(), Arc::new(cache.clone()));
+        caches.insert(environment.name.clone(), cache);
     }
-    Ok(Guarded::new(stores))
+    Ok((Guarded::new(stores), Caches::new(caches)))
 }

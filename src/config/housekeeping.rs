@@ -18,6 +18,8 @@ use crate::store::sealed::Sealed;
 const SHORT: Duration = Duration::from_secs(1);
 /// How often secrets are removed whose recovery window is over.
 const LONG: Duration = Duration::from_secs(3_600);
+/// How often it is kept when each token was last used.
+const MINUTE: Duration = Duration::from_secs(60);
 
 /// What is kept in order.
 pub(super) struct House {
@@ -32,12 +34,15 @@ impl House {
     pub(super) async fn keep(self, shutdown: watch::Receiver<bool>) {
         let stop = told(shutdown);
         tokio::pin!(stop);
-        let (mut short, mut long) = (interval(SHORT), interval(LONG));
-        short.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        long.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let [mut short, mut minute, mut long] = [SHORT, MINUTE, LONG].map(|every| {
+            let mut ticks = interval(every);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            ticks
+        });
         loop {
             tokio::select! {
                 _ = short.tick() => self.look_after_the_store().await,
+                _ = minute.tick() => self.keep_token_use().await,
                 _ = long.tick() => self.remove_what_is_gone().await,
                 () = &mut stop => return,
             }
@@ -45,6 +50,7 @@ impl House {
     }
 
     async fn look_after_the_store(&self) {
+        self.broker.caches().tidy();
         if let Err(error) = self.kv.expire().await {
             tracing::error!(%error, "expired leases could not be ended");
         }
@@ -54,7 +60,19 @@ impl House {
         }
     }
 
+    async fn keep_token_use(&self) {
+        if let Err(error) = self.broker.keep_token_use().await {
+            tracing::error!(%error, "the last use of tokens could not be kept");
+        }
+    }
+
     async fn remove_what_is_gone(&self) {
+        if let Err(error) = self.broker.prune_tokens().await {
+            tracing::error!(%error, "ended tokens could not be removed");
+        }
+        if let Err(error) = self.broker.forget_old_consumers().await {
+            tracing::error!(%error, "consumers that went long ago could not be removed");
+        }
         for environment in self.broker.registry().iter() {
             if environment.store == StoreChoice::Sealed
                 && let Err(error) = self.remove_from(environment).await

@@ -1,26 +1,31 @@
 //! The broker's configuration: TOML as written ([`Raw`]), then checked and complete ([`Resolved`]). Neither does
-//! I/O; [`assembly`] opens what a [`Resolved`] names.
+//! I/O; [`assembly`] opens what a [`Resolved`] names, and [`check`] looks at all of it without changing anything.
 
 pub mod assembly;
+mod audit_keys;
+pub mod check;
+mod figures;
+mod folder;
+mod health;
 mod housekeeping;
+mod raw;
 mod reload;
+mod resolve;
+mod root_keys;
 pub mod samples;
 mod state;
 
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use serde::Deserialize;
-
-use crate::clock::parse_duration;
-use crate::environment::{self, Registry};
+use crate::environment::Registry;
 use crate::error::{Reason, Reasoned};
-use crate::identity::peer_credentials;
+use crate::identity::{mtls, peer_credentials};
 use crate::policy::PolicySource;
-use crate::secret::EnvironmentName;
 use crate::server::{Limits, Listen};
+
+pub use raw::Raw;
 
 /// Where and what is wrong in a configuration, and the mend.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -42,74 +47,7 @@ impl Reasoned for ConfigError {
     }
 }
 
-/// The file as written.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Raw {
-    listen: RawListen,
-    kv: RawKv,
-    root_key: RawRootKey,
-    policy: RawPolicy,
-    #[serde(default)]
-    audit: RawAudit,
-    #[serde(default)]
-    identity: RawIdentity,
-    #[serde(default)]
-    cache: RawCache,
-    environments: BTreeMap<EnvironmentName, environment::Config>,
-}
-
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawListen {
-    unix: Option<PathBuf>,
-    unix_mode: Option<String>,
-    tcp: Option<String>,
-    connections: Option<usize>,
-    drain: Option<String>,
-}
-
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawKv {
-    directory: PathBuf,
-}
-
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawRootKey {
-    file: Option<PathBuf>,
-    systemd_credential: Option<String>,
-    environment: Option<String>,
-}
-
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawPolicy {
-    directory: PathBuf,
-}
-
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawAudit {
-    instance: Option<String>,
-    retention: Option<String>,
-}
-
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawIdentity {
-    #[serde(default)]
-    peer_credentials: peer_credentials::Config,
-}
-
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawCache {
-    capacity_mib: Option<u64>,
-}
-
-/// Where the root key is. Which file, credential or variable it is read from is decided here; reading it is not.
+/// Where a root key is. Which file, credential or variable it is read from is decided here; reading it is not.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RootKeyChoice {
     /// A file.
@@ -127,10 +65,14 @@ pub struct Resolved {
     pub directory: PathBuf,
     /// Where to listen.
     pub listen: Vec<Listen>,
+    /// Where the HTTP door for probes and metrics listens, if anywhere.
+    pub admin: Option<SocketAddr>,
     /// Bounds on what callers may use.
     pub limits: Limits,
-    /// Where the root key is.
+    /// Where the root key in force is.
     pub root_key: RootKeyChoice,
+    /// Where those are that were in force before, as long as something is still wrapped by them.
+    pub previous_root_keys: Vec<RootKeyChoice>,
     /// Where the policies are.
     pub policy: PolicySource,
     /// The name of this broker's audit chain.
@@ -139,6 +81,8 @@ pub struct Resolved {
     pub retention: Duration,
     /// Whom Unix-socket callers stand for.
     pub peers: peer_credentials::Config,
+    /// Whom client certificates stand for.
+    pub mtls: mtls::Config,
     /// How many bytes of values each environment's cache may hold.
     pub cache_bytes: u64,
     /// The declared environments.
@@ -153,143 +97,43 @@ impl Resolved {
     pub const RETENTION: Duration = Duration::from_secs(730 * 86_400);
     /// 64 MiB.
     pub const CACHE_BYTES: u64 = 64 * 1024 * 1024;
-}
 
-impl Raw {
-    /// Parses a file's text.
-    ///
-    /// # Errors
-    /// With file, line, column and, for a key that is not known, the nearest one that is.
-    pub fn parse(text: &str, file: &str) -> Result<Self, ConfigError> {
-        toml::from_str(text).map_err(|error| {
-            let place = error.span().map_or_else(|| file.to_owned(), |span| placed(text, file, span.start));
-            ConfigError::new(place, suggesting(error.message()))
-        })
-    }
-
-    /// Checks what was written and fills in what was not.
-    ///
-    /// # Errors
-    /// [`ConfigError`], naming the table and the key.
-    pub fn resolve(self) -> Result<Resolved, ConfigError> {
-        let limits = limits(&self.listen)?;
-        let instance = self.audit.instance.unwrap_or_else(|| "broker".to_owned());
-        // A folder's name on the disk, so it follows the strictest grammar at hand.
-        EnvironmentName::parse(&instance).map_err(|_| {
-            ConfigError::new("audit.instance", "must be 1 to 63 of a-z, 0-9 and inner hyphens")
-        })?;
-        let retention = match self.audit.retention {
-            None => Resolved::RETENTION,
-            Some(text) => parse_duration(&text)
-                .map_err(|error| ConfigError::new("audit.retention", error.to_string()))?,
-        };
-        if retention < Duration::from_secs(86_400) {
-            return Err(ConfigError::new("audit.retention", "must be a day or more"));
-        }
-        let cache_bytes = match self.cache.capacity_mib {
-            None => Resolved::CACHE_BYTES,
-            Some(mib @ 1..=65_536) => mib * 1024 * 1024,
-            Some(_) => return Err(ConfigError::new("cache.capacity_mib", "must be 1 to 65536")),
-        };
-        Ok(Resolved {
-            listen: listen(self.listen)?,
-            limits,
-            root_key: root_key(self.root_key)?,
-            policy: PolicySource::Directory(self.policy.directory),
-            directory: self.kv.directory,
-            instance,
-            retention,
-            peers: self.identity.peer_credentials,
-            cache_bytes,
-            registry: Registry::from_config(self.environments)
-                .map_err(|error| ConfigError::new("environments", error.to_string()))?,
+    /// A broker of these parts, with the defaults of a configuration that says no more; it listens nowhere yet.
+    #[must_use]
+    pub fn new(
+        directory: PathBuf,
+        root_key: RootKeyChoice,
+        policy: PolicySource,
+        registry: Registry,
+    ) -> Self {
+        Self {
+            directory,
+            listen: Vec::new(),
+            admin: None,
+            limits: Limits::default(),
+            root_key,
+            previous_root_keys: Vec::new(),
+            policy,
+            instance: "broker".to_owned(),
+            retention: Self::RETENTION,
+            peers: peer_credentials::Config::default(),
+            mtls: mtls::Config::default(),
+            cache_bytes: Self::CACHE_BYTES,
+            registry,
             accept_loss: false,
+        }
+    }
+
+    /// Parses, checks and completes a file's text.
+    ///
+    /// # Errors
+    /// [`ConfigError`], with file, line and column.
+    pub fn from_text(text: &str, file: &str) -> Result<Self, ConfigError> {
+        let raw = Raw::parse(text, file)?;
+        raw.resolve().map_err(|error| match raw::place_of(text, &error.place) {
+            Some(place) => ConfigError::new(format!("{file}:{place}: {}", error.place), error.problem),
+            None => ConfigError::new(format!("{file}: {}", error.place), error.problem),
         })
-    }
-}
-
-fn limits(listen: &RawListen) -> Result<Limits, ConfigError> {
-    let mut limits = Limits::default();
-    if let Some(connections) = listen.connections {
-        if !(1..=65_536).contains(&connections) {
-            return Err(ConfigError::new("listen.connections", "must be 1 to 65536"));
-        }
-        limits.connections = connections;
-    }
-    if let Some(drain) = &listen.drain {
-        limits.drain =
-            parse_duration(drain).map_err(|error| ConfigError::new("listen.drain", error.to_string()))?;
-    }
-    Ok(limits)
-}
-
-fn listen(raw: RawListen) -> Result<Vec<Listen>, ConfigError> {
-    let mut listen = Vec::new();
-    let mode = match raw.unix_mode.as_deref() {
-        None => 0o660,
-        Some(text) => match u32::from_str_radix(text, 8) {
-            Ok(mode) if mode <= 0o777 => mode,
-            _ => {
-                return Err(ConfigError::new(
-                    "listen.unix_mode",
-                    "must be octal permission bits, for example \"0660\"",
-                ));
-            }
-        },
-    };
-    if let Some(path) = raw.unix {
-        listen.push(Listen::Unix { path, mode });
-    }
-    if let Some(text) = raw.tcp {
-        let address: SocketAddr = text.parse().map_err(|_| {
-            ConfigError::new("listen.tcp", "must be ADDRESS:PORT, for example \"127.0.0.1:7340\"")
-        })?;
-        if !address.ip().is_loopback() {
-            let problem =
-                "is not a loopback address, and without TLS secrets would cross the network in the clear";
-            return Err(ConfigError::new("listen.tcp", problem));
-        }
-        listen.push(Listen::Tcp(address));
-    }
-    if listen.is_empty() {
-        return Err(ConfigError::new("listen", "names no listener; set unix, tcp or both"));
-    }
-    Ok(listen)
-}
-
-fn root_key(raw: RawRootKey) -> Result<RootKeyChoice, ConfigError> {
-    match (raw.file, raw.systemd_credential, raw.environment) {
-        (Some(file), None, None) => Ok(RootKeyChoice::File(file)),
-        (None, Some(name), None) if !name.contains('/') && !name.is_empty() => {
-            Ok(RootKeyChoice::SystemdCredential(name))
-        }
-        (None, Some(_), None) => {
-            Err(ConfigError::new("root_key.systemd_credential", "is a credential's name, not a path"))
-        }
-        (None, None, Some(name)) => Ok(RootKeyChoice::Environment(name)),
-        _ => Err(ConfigError::new("root_key", "set exactly one of file, systemd_credential and environment")),
-    }
-}
-
-fn placed(text: &str, file: &str, offset: usize) -> String {
-    let before = text.get(..offset).unwrap_or(text);
-    let line = before.matches('\n').count() + 1;
-    let column = before.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
-    format!("{file}:{line}:{column}")
-}
-
-/// The parser's message on one line, and for an unknown key the nearest of those that it expected.
-fn suggesting(message: &str) -> String {
-    let line = message.split_whitespace().collect::<Vec<_>>().join(" ");
-    let mut quoted = line.split('`').skip(1).step_by(2);
-    let unknown = match quoted.next() {
-        Some(unknown) if line.starts_with("unknown field") => unknown,
-        _ => return line,
-    };
-    let nearest = quoted.min_by_key(|known| strsim::damerau_levenshtein(known, unknown));
-    match nearest {
-        Some(nearest) => format!("unknown key `{unknown}`; did you mean `{nearest}`?"),
-        None => format!("unknown key `{unknown}`; this table has none"),
     }
 }
 
@@ -298,10 +142,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_example_is_a_good_one() {
-        let text = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/broker.toml"));
-        let resolved = Raw::parse(text, "deploy/broker.toml").unwrap().resolve().unwrap();
-        assert_eq!(resolved.registry.iter().filter(|environment| environment.protected).count(), 1);
+    fn the_examples_are_good_ones() {
+        for file in ["one-machine", "aws", "sidecar"] {
+            let path = format!("{}/deploy/{file}.toml", env!("CARGO_MANIFEST_DIR"));
+            let text = std::fs::read_to_string(path).unwrap();
+            let resolved = Resolved::from_text(&text, file).unwrap();
+            assert!(resolved.registry.iter().count() > 0);
+        }
     }
 
     const GOOD: &str = r#"
@@ -319,7 +166,7 @@ protected = true
 "#;
 
     fn resolve(text: &str) -> Result<Resolved, ConfigError> {
-        Raw::parse(text, "claviger.toml")?.resolve()
+        Resolved::from_text(text, "claviger.toml")
     }
 
     #[test]
@@ -341,20 +188,31 @@ protected = true
     #[test]
     fn each_bad_value_names_its_key() {
         for (from, to, expected) in [
-            ("127.0.0.1:7340", "0.0.0.0:7340", "listen.tcp"),
-            ("127.0.0.1:7340", "127.0.0.1:70000", "listen.tcp"),
-            ("127.0.0.1:7340", "abc", "listen.tcp"),
-            ("file = \"/etc/claviger/root.key\"", "", "root_key"),
-            ("file = \"/etc", "environment = \"X\"\nfile = \"/etc", "root_key"),
-            ("protected = true", "ttl = \"5\"", "environments"),
-            ("production", "Production", "claviger.toml:"),
-            ("[listen]", "[listen]\nunix_mode = \"999\"", "listen.unix_mode"),
-            ("[listen]", "[audit]\nretention = \"1h\"\n[listen]", "audit.retention"),
-            ("[listen]", "[audit]\ninstance = \"../x\"\n[listen]", "audit.instance"),
-            ("[listen]", "[cache]\ncapacity_mib = 0\n[listen]", "cache.capacity_mib"),
+            ("127.0.0.1:7340", "0.0.0.0:7340", "4:1: listen.tcp"),
+            ("127.0.0.1:7340", "127.0.0.1:70000", "4:1: listen.tcp"),
+            ("127.0.0.1:7340", "abc", "4:1: listen.tcp"),
+            ("file = \"/etc/claviger/root.key\"", "", "7:2: root_key"),
+            ("file = \"/etc", "environment = \"X\"\nfile = \"/etc", "7:2: root_key"),
+            ("protected = true", "ttl = \"5\"", "12:1: environments.production.ttl"),
+            ("protected = true", "aws.endpoint = \"x\"", "12:5: environments.production.aws.endpoint"),
+            ("protected = true", "uncached = [\"a b*\"]", "12:1: environments.production.uncached"),
+            (
+                "protected = true",
+                "source_addresses = [\"10.0.0.1/8\"]",
+                "12:1: environments.production.source_ad",
+            ),
+            ("production", "Production", "11:"),
+            ("[listen]", "[listen]\nunix_mode = \"999\"", "3:1: listen.unix_mode"),
+            ("[listen]", "[listen]\nadmin = \"x\"", "3:1: listen.admin"),
+            ("[listen]", "[listen]\nconnections_per_caller = 0", "3:1: listen.connections_per_caller"),
+            ("[listen]", "[listen]\nrates.per_principal = \"many\"", "3:7: listen.rates.per_principal"),
+            ("[listen]", "[audit]\nretention = \"1h\"\n[listen]", "3:1: audit.retention"),
+            ("[listen]", "[audit]\ninstance = \"../x\"\n[listen]", "3:1: audit.instance"),
+            ("[listen]", "[cache]\ncapacity_mib = 0\n[listen]", "3:1: cache.capacity_mib"),
         ] {
+            let expected = format!("claviger.toml:{expected}");
             let error = resolve(&GOOD.replacen(from, to, 1)).unwrap_err().to_string();
-            assert!(error.starts_with(expected), "{error} (wanted {expected})");
+            assert!(error.starts_with(&expected), "{error} (wanted {expected})");
             assert!(!error.contains('\n'), "{error}");
         }
     }

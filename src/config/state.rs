@@ -2,7 +2,7 @@
 //! file can make it up.
 //!
 //! ```text
-//! state/key                the state key, wrapped by the root key
+//! state/key                the state key, wrapped by a root key (76 bytes, crypto/envelope.rs)
 //! state/audit/<instance>   MAC (32 bytes) ‖ `instance:sequence:hash` of the last checkpoint of the audit log
 //! ```
 //!
@@ -12,9 +12,9 @@
 use std::sync::Arc;
 
 use crate::audit::Anchor;
-use crate::crypto::{CryptoError, MAC_BYTES, Mac, MacKey, RootKey};
+use crate::crypto::{CryptoError, KeyRing, MAC_BYTES, Mac, MacKey, RootKeyId};
 use crate::error::{Reason, Reasoned};
-use crate::kv::{Compare, Kv, KvError, Transaction, Write};
+use crate::kv::{Compare, Entry, Kv, KvError, Transaction, Write};
 
 const KEY: &[u8] = b"state/key";
 const CONTEXT: &[u8] = b"claviger state key v1";
@@ -46,16 +46,35 @@ impl Reasoned for StateError {
     }
 }
 
-/// The state key: the one that is there, or a new one.
-pub(super) async fn key(kv: &dyn Kv, root: &RootKey) -> Result<Arc<MacKey>, StateError> {
+/// The state key: the one that is there, or a new one under the newest root key.
+pub(super) async fn key(kv: &dyn Kv, keys: &KeyRing) -> Result<Arc<MacKey>, StateError> {
     if let Some(entry) = kv.get(KEY).await? {
-        return Ok(Arc::new(MacKey::open(root, &[CONTEXT], &entry.value)?));
+        return Ok(Arc::new(keys.open_mac_key(&[CONTEXT], &entry.value)?));
     }
-    let (key, wrapped) = MacKey::create(root, &[CONTEXT])?;
+    let (key, wrapped) = MacKey::create(&keys.newest(), &[CONTEXT])?;
     let write = vec![Write::put(KEY, wrapped)];
     let outcome = kv.commit(Transaction { compare: vec![Compare::absent(KEY)], write }).await?;
     // The store belongs to this process alone; a lost race is a store that does not.
     if outcome.succeeded { Ok(Arc::new(key)) } else { Err(StateError::Tampered) }
+}
+
+/// The root key that the state key is under.
+pub(super) async fn wrapped_by(kv: &dyn Kv) -> Result<RootKeyId, StateError> {
+    RootKeyId::of_wrapped(&stored(kv).await?.value).ok_or(StateError::Key(CryptoError::Malformed))
+}
+
+/// Wraps the state key by the newest root key; whether it was not so already. No MAC that it made changes.
+pub(super) async fn rewrap(kv: &dyn Kv, keys: &KeyRing) -> Result<bool, StateError> {
+    let entry = stored(kv).await?;
+    let Some(wrapped) = keys.rewrap_mac_key(&[CONTEXT], &entry.value)? else { return Ok(false) };
+    let compare = vec![Compare::unchanged(KEY, Some(&entry))];
+    let outcome = kv.commit(Transaction { compare, write: vec![Write::put(KEY, wrapped)] }).await?;
+    Ok(outcome.succeeded)
+}
+
+/// The wrapped state key, which is there from the first start on.
+async fn stored(kv: &dyn Kv) -> Result<Entry, StateError> {
+    kv.get(KEY).await?.ok_or(StateError::Key(CryptoError::Malformed))
 }
 
 /// Where the audit log of one instance was last signed.

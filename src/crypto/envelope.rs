@@ -122,6 +122,15 @@ impl RootKey {
             .concat())
     }
 
+    /// Wraps a sealed value's data key by `next` instead of this key: replaces bytes 4 to 80, and nothing else. The value
+    /// is not looked at.
+    pub(super) fn rewrap(&self, next: &Self, slot: &Slot<'_>, sealed: &[u8]) -> Result<Vec<u8>, CryptoError> {
+        let parts = SealedParts::split(sealed).ok_or(CryptoError::Malformed)?;
+        let data_key = self.unwrap_key(&slot.parts(), parts.wrapped)?;
+        let wrapped = next.wrap_key(&slot.parts(), &data_key)?;
+        Ok([MAGIC.as_slice(), &wrapped, parts.nonce, parts.ciphertext, parts.tag].concat())
+    }
+
     /// Wraps another key for `context`; what is wrapped names this key, and opens under it and for the same context.
     pub(super) fn wrap_key(&self, context: &[&[u8]], key: &[u8; KEY_BYTES]) -> Result<Vec<u8>, CryptoError> {
         self.wrap_key_with(context, key, random()?)
@@ -174,6 +183,21 @@ impl RootKey {
         let mut parts = context.to_vec();
         parts.push(id.as_bytes());
         length_prefixed(&parts)
+    }
+}
+
+impl RootKeyId {
+    /// The root key that a sealed value names as its own; `None` where the bytes are no sealed value. Nothing is
+    /// authenticated by this.
+    #[must_use]
+    pub fn of_value(sealed: &[u8]) -> Option<Self> {
+        Self::of_wrapped(SealedParts::split(sealed)?.wrapped)
+    }
+
+    /// The same of a wrapped key.
+    #[must_use]
+    pub fn of_wrapped(wrapped: &[u8]) -> Option<Self> {
+        WrappedParts::split(wrapped).map(|parts| parts.root_key)
     }
 }
 

@@ -2,7 +2,9 @@
 //!
 //! ```text
 //! key file, systemd credential, variable ──▶ RootKey ──wraps──▶ data key, one per version ──seals──▶ value
-//!                                               └──────wraps──▶ integrity key, one per store ─MACs─▶ records
+//!                                               │└─────wraps──▶ integrity key, one per store ─MACs─▶ records
+//!                                            KeyRing: the newest root key, and others that still open what they
+//!                                            wrapped; rewraps from any of them to the newest
 //! ```
 //!
 //! All of it is AES-256-GCM and HMAC-SHA256 from `ring`. Whatever is authenticated is a list of parts, each behind
@@ -15,6 +17,7 @@
 
 mod envelope;
 mod key_file;
+mod key_ring;
 mod mac;
 mod memory;
 mod root_key;
@@ -25,6 +28,7 @@ use crate::error::{Reason, Reasoned};
 
 pub use envelope::Slot;
 pub use key_file::{KeyError, KeyProblem, create_key_file, read_key_file};
+pub use key_ring::KeyRing;
 pub use mac::{MAC_BYTES, Mac, MacKey};
 pub use memory::harden_process;
 pub use root_key::{KEY_BYTES, RootKey, RootKeyId, RootKeySource};
@@ -35,12 +39,13 @@ pub use root_key::{KEY_BYTES, RootKey, RootKeyId, RootKeySource};
 pub enum CryptoError {
     /// The bytes were sealed under another root key. Nothing is said of whether they are whole.
     #[error(
-        "wrong root key: sealed under {sealed_under}, the key given is {given}; give the key that it was sealed under"
+        "wrong root key: sealed under {sealed_under}, the key given is {given}; give the key that it was sealed under, as \
+         root_key or under root_key.previous"
     )]
     WrongKey {
         /// The key that would open it.
         sealed_under: RootKeyId,
-        /// The key that was tried.
+        /// The key that was tried; of several, the newest.
         given: RootKeyId,
     },
     /// The bytes were changed, or were sealed for another place.

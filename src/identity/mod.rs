@@ -3,6 +3,7 @@
 //!
 //! INVARIANT: a credential that is presented and invalid ends in an error. It never falls back to a weaker one.
 
+pub mod mtls;
 pub mod peer_credentials;
 pub mod token;
 
@@ -14,7 +15,7 @@ use async_trait::async_trait;
 use ring::digest;
 
 use crate::error::{Reason, Reasoned};
-use crate::secret::SecretValue;
+use crate::secret::{EnvironmentName, SecretValue};
 
 /// A person or a program; Cedar's entity types of the same names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
@@ -47,14 +48,14 @@ pub fn is_word(text: &str) -> bool {
 /// How a principal proved who it is.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Proof {
-    /// `peer_credentials`, `token`, `internal`; later `mtls`, `jwt`, `sigv4`.
+    /// `peer_credentials`, `token`, `mtls`, `internal`; later `jwt`, `sigv4`.
     pub method: &'static str,
     /// What of it may be written down: `uid=1000`, a token's public id; never the credential.
     pub detail: String,
 }
 
 /// Where a call came from.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub enum SourceAddress {
     /// A Unix socket; the kernel vouches for the peer.
     Unix {
@@ -64,7 +65,19 @@ pub enum SourceAddress {
     /// A TCP connection.
     Tcp(std::net::SocketAddr),
     /// The broker itself.
+    #[default]
     Internal,
+}
+
+impl SourceAddress {
+    /// The address, where the call came over a network.
+    #[must_use]
+    pub const fn ip(&self) -> Option<std::net::IpAddr> {
+        match self {
+            Self::Tcp(address) => Some(address.ip().to_canonical()),
+            Self::Unix { .. } | Self::Internal => None,
+        }
+    }
 }
 
 impl fmt::Display for SourceAddress {
@@ -87,6 +100,7 @@ pub struct Principal {
     claims: BTreeMap<String, String>,
     proof: Proof,
     fingerprint: Fingerprint,
+    environments: Option<Arc<BTreeSet<EnvironmentName>>>,
 }
 
 /// A digest of all that decisions may depend on: kind, id, groups, claims and the method of proof.
@@ -129,7 +143,7 @@ impl Principal {
         for (to, from) in fingerprint.iter_mut().zip(context.finish().as_ref()) {
             *to = *from;
         }
-        Self { kind, id, groups, claims, proof, fingerprint: Fingerprint(fingerprint) }
+        Self { kind, id, groups, claims, proof, fingerprint: Fingerprint(fingerprint), environments: None }
     }
 
     /// The broker itself, doing its own work (seeding samples, rotation). Authorised like anyone else.
@@ -138,6 +152,20 @@ impl Principal {
         let groups = groups.into_iter().map(str::to_owned).collect();
         let proof = Proof { method: "internal", detail: String::new() };
         Self::new(PrincipalKind::Workload, id, groups, BTreeMap::new(), proof)
+    }
+
+    /// The same, good for these environments alone, and not for the broker's own business. What policy permits is a
+    /// question of its own: this only takes away.
+    #[must_use]
+    pub fn only_in(self, environments: BTreeSet<EnvironmentName>) -> Self {
+        Self { environments: Some(Arc::new(environments)), ..self }
+    }
+
+    /// Whether its credential is good for an environment; `None` is the broker itself.
+    #[must_use]
+    pub fn reaches(&self, environment: Option<&EnvironmentName>) -> bool {
+        let Some(environments) = &self.environments else { return true };
+        environment.is_some_and(|environment| environments.contains(environment))
     }
 
     /// A person or a program.
@@ -190,6 +218,10 @@ pub struct Presented {
     pub peer: Option<Peer>,
     /// The bearer credential of the `authorization` header, without the scheme.
     pub bearer: Option<SecretValue>,
+    /// The client certificate that the TLS handshake verified.
+    pub certificate: Option<Arc<mtls::ClientCertificate>>,
+    /// Where the call came from.
+    pub source: SourceAddress,
 }
 
 /// A Unix-socket peer, from `SO_PEERCRED`.

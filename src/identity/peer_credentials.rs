@@ -90,7 +90,7 @@ mod tests {
     use crate::identity::Peer;
 
     fn presented(uid: u32) -> Presented {
-        Presented { peer: Some(Peer { uid, gid: 0, pid: None }), bearer: None }
+        Presented { peer: Some(Peer { uid, gid: 0, pid: None }), ..Presented::default() }
     }
 
     #[tokio::test]

@@ -255,6 +255,16 @@ struct Slice {
     reads_context: bool,
 }
 
+/// Whether a rule in force gives anyone a say over the broker itself, going by heads alone.
+fn administrable(rules: &RuleSet, now: Timestamp) -> bool {
+    let broker = rules.vocabulary.resource(&Resource::Broker);
+    rules.rules.iter().any(|rule| {
+        let scope = &rule.scope;
+        let in_force = rule.expires.is_none_or(|at| at > now);
+        in_force && rule.permits() && scope.admits(Action::Administer) && scope.resource.holds(&broker)
+    })
+}
+
 /// What a decision that does not depend on the context depends on, beside the state that remembers it.
 #[derive(PartialEq, Eq, Hash)]
 struct Key {
@@ -317,6 +327,12 @@ impl State {
                     next_expiry = [next_expiry, expires].into_iter().flatten().min();
                 }
             }
+        }
+        if !administrable(&rules, now) {
+            warnings.push(
+                "no policy lets anyone administer the broker: no tokens, no keys, no reload by hand until one does"
+                    .to_owned(),
+            );
         }
         let slices = Cache::builder()
             .max_capacity(MAX_SLICED_POLICIES)
@@ -644,7 +660,7 @@ mod tests {
         );
         let policies = Policies::load(source(&text), registry(), clock.clone()).unwrap();
         let (ana, resource) = (user("ana", &["team"]), secret("development", "database"));
-        assert_eq!(policies.warnings().len(), 1, "{:?}", policies.warnings());
+        assert_eq!(policies.warnings().len(), 2, "{:?}", policies.warnings());
         assert!(policies.warnings()[0].contains("policy `past`: expired at 2025-12-31T23:59:59Z"));
         let listed = policies.authorize(&ana, Action::List, &resource, &Context::default());
         assert!(listed.is_err(), "expired before it was loaded");
@@ -656,7 +672,7 @@ mod tests {
         clock.advance(Duration::from_secs(1));
         assert!(read(&policies, &ana, &resource).is_err(), "although the decision was remembered");
         assert_eq!(policies.generation(), 2);
-        assert_eq!((policies.len(), policies.warnings().len()), (2, 2));
+        assert_eq!((policies.len(), policies.warnings().len()), (2, 3));
         policies.reload().unwrap();
         assert!(read(&policies, &ana, &resource).is_err());
     }

@@ -142,7 +142,7 @@ impl Vocabulary {
         Party::new(entity_type, principal.id(), principal.groups().iter().map(|group| self.group(group)))
     }
 
-    fn resource(&self, resource: &Resource) -> Party {
+    pub(super) fn resource(&self, resource: &Resource) -> Party {
         match resource {
             Resource::Broker => self.environment(BROKER),
             Resource::Environment(name) => self.environment(name.as_str()),

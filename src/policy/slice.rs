@@ -36,7 +36,7 @@ pub(super) enum Constraint {
 
 impl Constraint {
     /// Exactly when Cedar finds the constraint true.
-    fn holds(&self, party: &Party) -> bool {
+    pub(super) fn holds(&self, party: &Party) -> bool {
         match self {
             Self::Any => true,
             Self::Is(entity_type) => party.is(entity_type),

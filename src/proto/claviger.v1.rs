@@ -426,6 +426,179 @@ pub struct RestoreSecretRequest {
 /// What a restoration left.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RestoreSecretResponse {}
+/// Asks to be told of changes.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WatchSecretsRequest {
+    /// The environment.
+    #[prost(string, tag = "1")]
+    pub environment: ::prost::alloc::string::String,
+    /// At most 500 names. None: every secret that the caller may read whose name starts with `prefix`; needs `list`.
+    #[prost(string, repeated, tag = "2")]
+    pub names: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Only where there are no names; empty: all.
+    #[prost(string, tag = "3")]
+    pub prefix: ::prost::alloc::string::String,
+    /// Who watches: the name of the service, or of one instance of it. 1 to 128 printable ASCII characters without spaces.
+    /// Required.
+    #[prost(string, tag = "4")]
+    pub consumer: ::prost::alloc::string::String,
+    /// Only what changed after this revision; 0: first every secret as it is, then what changes. Where the history from
+    /// there on is gone, every secret is told as it is.
+    #[prost(uint64, tag = "5")]
+    pub after_revision: u64,
+    /// Also the values. Without them, what is told is recorded as told without its value.
+    #[prost(bool, tag = "6")]
+    pub with_values: bool,
+    /// Why the caller wants it; recorded with everything that is told. At most 512 bytes.
+    #[prost(string, tag = "7")]
+    pub reason: ::prost::alloc::string::String,
+}
+/// One thing that a watcher is told.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WatchSecretsResponse {
+    /// Where the watch stands: everything up to here was told. To go on after a lost connection, watch after it.
+    #[prost(uint64, tag = "1")]
+    pub revision: u64,
+    /// What happened.
+    #[prost(oneof = "watch_secrets_response::Event", tags = "2, 3, 4, 5, 6")]
+    pub event: ::core::option::Option<watch_secrets_response::Event>,
+}
+/// Nested message and enum types in `WatchSecretsResponse`.
+pub mod watch_secrets_response {
+    /// What happened.
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Event {
+        /// The watch is in place; what follows first is what the caller did not know yet.
+        #[prost(message, tag = "2")]
+        Started(super::WatchStarted),
+        /// A version became current.
+        #[prost(message, tag = "3")]
+        Changed(super::SecretChanged),
+        /// The secret was deleted, or lost its current version.
+        #[prost(message, tag = "4")]
+        Gone(super::SecretGone),
+        /// One secret can't be told, for instance because policy denies it; the others go on.
+        #[prost(message, tag = "5")]
+        Problem(super::WatchProblem),
+        /// Nothing happened; the watch lives. Sent when nothing else was for 15 seconds.
+        #[prost(message, tag = "6")]
+        Progress(super::WatchProgress),
+    }
+}
+/// A watch is in place.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WatchStarted {
+    /// How many secrets are watched now.
+    #[prost(int32, tag = "1")]
+    pub secrets: i32,
+}
+/// A version became current.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SecretChanged {
+    /// The secret; with its value only where values were asked for.
+    #[prost(message, optional, tag = "1")]
+    pub secret: ::core::option::Option<Secret>,
+    /// How many earlier changes of it were skipped because the caller was slow.
+    #[prost(uint64, tag = "2")]
+    pub skipped: u64,
+}
+/// A secret is gone.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SecretGone {
+    /// The environment.
+    #[prost(string, tag = "1")]
+    pub environment: ::prost::alloc::string::String,
+    /// The secret's name.
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+}
+/// One secret can't be told.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WatchProblem {
+    /// The environment.
+    #[prost(string, tag = "1")]
+    pub environment: ::prost::alloc::string::String,
+    /// The secret's name.
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+    /// Why.
+    #[prost(message, optional, tag = "3")]
+    pub problem: ::core::option::Option<Problem>,
+}
+/// Nothing happened.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WatchProgress {}
+/// Says which version a consumer runs on.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReportVersionInUseRequest {
+    /// The environment.
+    #[prost(string, tag = "1")]
+    pub environment: ::prost::alloc::string::String,
+    /// The secret's name.
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+    /// Who reports; the same grammar as in a watch. Required.
+    #[prost(string, tag = "3")]
+    pub consumer: ::prost::alloc::string::String,
+    /// The version that it runs on. Required.
+    #[prost(string, tag = "4")]
+    pub version_id: ::prost::alloc::string::String,
+    /// Why. At most 512 bytes.
+    #[prost(string, tag = "5")]
+    pub reason: ::prost::alloc::string::String,
+}
+/// What a report left.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReportVersionInUseResponse {
+    /// The consumer runs on what is current.
+    #[prost(bool, tag = "1")]
+    pub current: bool,
+}
+/// Asks who uses a secret.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListConsumersRequest {
+    /// The environment.
+    #[prost(string, tag = "1")]
+    pub environment: ::prost::alloc::string::String,
+    /// The secret's name.
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+    /// Why. At most 512 bytes.
+    #[prost(string, tag = "3")]
+    pub reason: ::prost::alloc::string::String,
+}
+/// Who uses a secret.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ListConsumersResponse {
+    /// At most 1000 of them, in the order of their names.
+    #[prost(message, repeated, tag = "1")]
+    pub consumers: ::prost::alloc::vec::Vec<Consumer>,
+}
+/// One user of a secret.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Consumer {
+    /// Its name, as it calls itself.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// Who reported or watches, for example `Workload::"orders"`.
+    #[prost(string, tag = "2")]
+    pub principal: ::prost::alloc::string::String,
+    /// The version that it last said it runs on; empty: it never said.
+    #[prost(string, tag = "3")]
+    pub version_id: ::prost::alloc::string::String,
+    /// Since when it runs on that version, by its first report of it.
+    #[prost(message, optional, tag = "4")]
+    pub since: ::core::option::Option<::prost_types::Timestamp>,
+    /// When it last reported.
+    #[prost(message, optional, tag = "5")]
+    pub reported_at: ::core::option::Option<::prost_types::Timestamp>,
+    /// That version is current.
+    #[prost(bool, tag = "6")]
+    pub current: bool,
+    /// It watches the secret now.
+    #[prost(bool, tag = "7")]
+    pub watching: bool,
+}
 /// Whether a value is text or bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -812,6 +985,85 @@ pub mod secret_service_client {
                 .insert(GrpcMethod::new("claviger.v1.SecretService", "RestoreSecret"));
             self.inner.unary(req, path, codec).await
         }
+        /// Tells of versions that become current, from now on or from a revision. Each one told is authorised and recorded like
+        /// a read. Ends with RESOURCE_EXHAUSTED for a caller who does not keep up, UNAUTHENTICATED when the credential ends,
+        /// and UNAVAILABLE when the broker stops; the caller watches again, after the last revision it was told.
+        pub async fn watch_secrets(
+            &mut self,
+            request: impl tonic::IntoRequest<super::WatchSecretsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::WatchSecretsResponse>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/claviger.v1.SecretService/WatchSecrets",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("claviger.v1.SecretService", "WatchSecrets"));
+            self.inner.server_streaming(req, path, codec).await
+        }
+        /// Says which version a consumer runs on now. `read` on the secret.
+        pub async fn report_version_in_use(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ReportVersionInUseRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ReportVersionInUseResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/claviger.v1.SecretService/ReportVersionInUse",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(
+                    GrpcMethod::new("claviger.v1.SecretService", "ReportVersionInUse"),
+                );
+            self.inner.unary(req, path, codec).await
+        }
+        /// Who watches a secret, and which version each runs on. `describe` on the secret.
+        pub async fn list_consumers(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ListConsumersRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListConsumersResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/claviger.v1.SecretService/ListConsumers",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("claviger.v1.SecretService", "ListConsumers"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -897,6 +1149,38 @@ pub mod secret_service_server {
             request: tonic::Request<super::RestoreSecretRequest>,
         ) -> std::result::Result<
             tonic::Response<super::RestoreSecretResponse>,
+            tonic::Status,
+        >;
+        /// Server streaming response type for the WatchSecrets method.
+        type WatchSecretsStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::WatchSecretsResponse, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Tells of versions that become current, from now on or from a revision. Each one told is authorised and recorded like
+        /// a read. Ends with RESOURCE_EXHAUSTED for a caller who does not keep up, UNAUTHENTICATED when the credential ends,
+        /// and UNAVAILABLE when the broker stops; the caller watches again, after the last revision it was told.
+        async fn watch_secrets(
+            &self,
+            request: tonic::Request<super::WatchSecretsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<Self::WatchSecretsStream>,
+            tonic::Status,
+        >;
+        /// Says which version a consumer runs on now. `read` on the secret.
+        async fn report_version_in_use(
+            &self,
+            request: tonic::Request<super::ReportVersionInUseRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ReportVersionInUseResponse>,
+            tonic::Status,
+        >;
+        /// Who watches a secret, and which version each runs on. `describe` on the secret.
+        async fn list_consumers(
+            &self,
+            request: tonic::Request<super::ListConsumersRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListConsumersResponse>,
             tonic::Status,
         >;
     }
@@ -1371,6 +1655,143 @@ pub mod secret_service_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = RestoreSecretSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/claviger.v1.SecretService/WatchSecrets" => {
+                    #[allow(non_camel_case_types)]
+                    struct WatchSecretsSvc<T: SecretService>(pub Arc<T>);
+                    impl<
+                        T: SecretService,
+                    > tonic::server::ServerStreamingService<super::WatchSecretsRequest>
+                    for WatchSecretsSvc<T> {
+                        type Response = super::WatchSecretsResponse;
+                        type ResponseStream = T::WatchSecretsStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::WatchSecretsRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as SecretService>::watch_secrets(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = WatchSecretsSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/claviger.v1.SecretService/ReportVersionInUse" => {
+                    #[allow(non_camel_case_types)]
+                    struct ReportVersionInUseSvc<T: SecretService>(pub Arc<T>);
+                    impl<
+                        T: SecretService,
+                    > tonic::server::UnaryService<super::ReportVersionInUseRequest>
+                    for ReportVersionInUseSvc<T> {
+                        type Response = super::ReportVersionInUseResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ReportVersionInUseRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as SecretService>::report_version_in_use(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ReportVersionInUseSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/claviger.v1.SecretService/ListConsumers" => {
+                    #[allow(non_camel_case_types)]
+                    struct ListConsumersSvc<T: SecretService>(pub Arc<T>);
+                    impl<
+                        T: SecretService,
+                    > tonic::server::UnaryService<super::ListConsumersRequest>
+                    for ListConsumersSvc<T> {
+                        type Response = super::ListConsumersResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ListConsumersRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as SecretService>::list_consumers(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ListConsumersSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(
@@ -2652,6 +3073,18 @@ pub struct Token {
     /// Who issued it.
     #[prost(string, tag = "6")]
     pub created_by: ::prost::alloc::string::String,
+    /// The environments that it is good for; none: all.
+    #[prost(string, repeated, tag = "7")]
+    pub environments: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Where it may be used from, as CIDR ranges; none: anywhere.
+    #[prost(string, repeated, tag = "8")]
+    pub source_addresses: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// When it was last used, to about a minute; absent: never.
+    #[prost(message, optional, tag = "9")]
+    pub last_used_at: ::core::option::Option<::prost_types::Timestamp>,
+    /// Where it was last used from.
+    #[prost(string, tag = "10")]
+    pub last_used_from: ::prost::alloc::string::String,
 }
 /// Asks for a token.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -2665,6 +3098,12 @@ pub struct CreateTokenRequest {
     /// Why. At most 512 bytes.
     #[prost(string, tag = "3")]
     pub reason: ::prost::alloc::string::String,
+    /// At most 64 environments that it is good for; none: all, and the broker's own business.
+    #[prost(string, repeated, tag = "4")]
+    pub environments: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// At most 64 CIDR ranges or addresses that it may be used from; none: anywhere. A Unix socket is `unix`.
+    #[prost(string, repeated, tag = "5")]
+    pub source_addresses: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// A new token. Generated code gives this message no debug output.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -3166,6 +3605,1021 @@ pub mod token_service_server {
     /// Generated gRPC service name
     pub const SERVICE_NAME: &str = "claviger.v1.TokenService";
     impl<T> tonic::server::NamedService for TokenServiceServer<T> {
+        const NAME: &'static str = SERVICE_NAME;
+    }
+}
+/// Asks for the keys.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetKeyStatusRequest {
+    /// Why. At most 512 bytes.
+    #[prost(string, tag = "1")]
+    pub reason: ::prost::alloc::string::String,
+}
+/// The keys.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct GetKeyStatusResponse {
+    /// The root keys that are loaded, the one in force first.
+    #[prost(message, repeated, tag = "1")]
+    pub root_keys: ::prost::alloc::vec::Vec<RootKey>,
+    /// The keys that the audit log was signed with, the one in force first.
+    #[prost(message, repeated, tag = "2")]
+    pub audit_keys: ::prost::alloc::vec::Vec<AuditKey>,
+}
+/// A root key, without itself.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RootKey {
+    /// Its key check value.
+    #[prost(string, tag = "1")]
+    pub id: ::prost::alloc::string::String,
+    /// Where it was read from, for example `file /etc/claviger/root.key`.
+    #[prost(string, tag = "2")]
+    pub origin: ::prost::alloc::string::String,
+    /// How many keys it wraps: data keys, and those of the broker's own records.
+    #[prost(uint64, tag = "3")]
+    pub wrapped: u64,
+    /// New keys are wrapped by it.
+    #[prost(bool, tag = "4")]
+    pub in_force: bool,
+}
+/// A key that the audit log was signed with.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AuditKey {
+    /// Its id, as checkpoints name it.
+    #[prost(string, tag = "1")]
+    pub id: ::prost::alloc::string::String,
+    /// Its public half, 64 hex digits.
+    #[prost(string, tag = "2")]
+    pub public_key: ::prost::alloc::string::String,
+    /// It signs what is written now.
+    #[prost(bool, tag = "3")]
+    pub in_force: bool,
+}
+/// Asks for a new root key.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RotateRootKeyRequest {
+    /// Why. At most 512 bytes.
+    #[prost(string, tag = "1")]
+    pub reason: ::prost::alloc::string::String,
+    /// Make no new key: only wrap by the one in force what is still wrapped by an earlier one.
+    #[prost(bool, tag = "2")]
+    pub rewrap_only: bool,
+}
+/// How far it is; the last one says what was left.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RotateRootKeyResponse {
+    /// How many keys were looked at.
+    #[prost(uint64, tag = "1")]
+    pub done: u64,
+    /// How many there are.
+    #[prost(uint64, tag = "2")]
+    pub total: u64,
+    /// How many of them were wrapped anew.
+    #[prost(uint64, tag = "3")]
+    pub rewrapped: u64,
+    /// Nothing is wrapped by an earlier key any more.
+    #[prost(bool, tag = "4")]
+    pub finished: bool,
+    /// The key in force.
+    #[prost(string, tag = "5")]
+    pub root_key_id: ::prost::alloc::string::String,
+    /// Where the earlier key was put, where it was in a file; backups still need it.
+    #[prost(string, tag = "6")]
+    pub retired: ::prost::alloc::string::String,
+}
+/// Asks for a new key for the audit log.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RotateAuditKeyRequest {
+    /// Why. At most 512 bytes.
+    #[prost(string, tag = "1")]
+    pub reason: ::prost::alloc::string::String,
+}
+/// The new key of the audit log.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RotateAuditKeyResponse {
+    /// The key in force.
+    #[prost(message, optional, tag = "1")]
+    pub key: ::core::option::Option<AuditKey>,
+    /// When its checkpoint was written.
+    #[prost(message, optional, tag = "2")]
+    pub at: ::core::option::Option<::prost_types::Timestamp>,
+}
+/// Generated client implementations.
+pub mod key_service_client {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    use tonic::codegen::http::Uri;
+    /// The broker's own keys. `administer` on the broker.
+    #[derive(Debug, Clone)]
+    pub struct KeyServiceClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl KeyServiceClient<tonic::transport::Channel> {
+        /// Attempt to create a new client by connecting to a given endpoint.
+        pub async fn connect<D>(dst: D) -> Result<Self, tonic::transport::Error>
+        where
+            D: TryInto<tonic::transport::Endpoint>,
+            D::Error: Into<StdError>,
+        {
+            let conn = tonic::transport::Endpoint::new(dst)?.connect().await?;
+            Ok(Self::new(conn))
+        }
+    }
+    impl<T> KeyServiceClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> KeyServiceClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+                Response = http::Response<
+                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                >,
+            >,
+            <T as tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            KeyServiceClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// Which keys there are, and how much is still wrapped by earlier ones.
+        pub async fn get_key_status(
+            &mut self,
+            request: impl tonic::IntoRequest<super::GetKeyStatusRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetKeyStatusResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/claviger.v1.KeyService/GetKeyStatus",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("claviger.v1.KeyService", "GetKeyStatus"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Wraps every data key by the newest root key; where that is kept in a file, makes a new one first. Can be stopped and
+        /// asked for again at any time: reads work throughout.
+        pub async fn rotate_root_key(
+            &mut self,
+            request: impl tonic::IntoRequest<super::RotateRootKeyRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::RotateRootKeyResponse>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/claviger.v1.KeyService/RotateRootKey",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("claviger.v1.KeyService", "RotateRootKey"));
+            self.inner.server_streaming(req, path, codec).await
+        }
+        /// Makes a new key that the audit log is signed with, and has it vouched for by the one before.
+        pub async fn rotate_audit_key(
+            &mut self,
+            request: impl tonic::IntoRequest<super::RotateAuditKeyRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::RotateAuditKeyResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/claviger.v1.KeyService/RotateAuditKey",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("claviger.v1.KeyService", "RotateAuditKey"));
+            self.inner.unary(req, path, codec).await
+        }
+    }
+}
+/// Generated server implementations.
+pub mod key_service_server {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    /// Generated trait containing gRPC methods that should be implemented for use with KeyServiceServer.
+    #[async_trait]
+    pub trait KeyService: std::marker::Send + std::marker::Sync + 'static {
+        /// Which keys there are, and how much is still wrapped by earlier ones.
+        async fn get_key_status(
+            &self,
+            request: tonic::Request<super::GetKeyStatusRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetKeyStatusResponse>,
+            tonic::Status,
+        >;
+        /// Server streaming response type for the RotateRootKey method.
+        type RotateRootKeyStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::RotateRootKeyResponse, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Wraps every data key by the newest root key; where that is kept in a file, makes a new one first. Can be stopped and
+        /// asked for again at any time: reads work throughout.
+        async fn rotate_root_key(
+            &self,
+            request: tonic::Request<super::RotateRootKeyRequest>,
+        ) -> std::result::Result<
+            tonic::Response<Self::RotateRootKeyStream>,
+            tonic::Status,
+        >;
+        /// Makes a new key that the audit log is signed with, and has it vouched for by the one before.
+        async fn rotate_audit_key(
+            &self,
+            request: tonic::Request<super::RotateAuditKeyRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::RotateAuditKeyResponse>,
+            tonic::Status,
+        >;
+    }
+    /// The broker's own keys. `administer` on the broker.
+    #[derive(Debug)]
+    pub struct KeyServiceServer<T> {
+        inner: Arc<T>,
+        accept_compression_encodings: EnabledCompressionEncodings,
+        send_compression_encodings: EnabledCompressionEncodings,
+        max_decoding_message_size: Option<usize>,
+        max_encoding_message_size: Option<usize>,
+    }
+    impl<T> KeyServiceServer<T> {
+        pub fn new(inner: T) -> Self {
+            Self::from_arc(Arc::new(inner))
+        }
+        pub fn from_arc(inner: Arc<T>) -> Self {
+            Self {
+                inner,
+                accept_compression_encodings: Default::default(),
+                send_compression_encodings: Default::default(),
+                max_decoding_message_size: None,
+                max_encoding_message_size: None,
+            }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> InterceptedService<Self, F>
+        where
+            F: tonic::service::Interceptor,
+        {
+            InterceptedService::new(Self::new(inner), interceptor)
+        }
+        /// Enable decompressing requests with the given encoding.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.accept_compression_encodings.enable(encoding);
+            self
+        }
+        /// Compress responses with the given encoding, if the client supports it.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.send_compression_encodings.enable(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.max_decoding_message_size = Some(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.max_encoding_message_size = Some(limit);
+            self
+        }
+    }
+    impl<T, B> tonic::codegen::Service<http::Request<B>> for KeyServiceServer<T>
+    where
+        T: KeyService,
+        B: Body + std::marker::Send + 'static,
+        B::Error: Into<StdError> + std::marker::Send + 'static,
+    {
+        type Response = http::Response<tonic::body::Body>;
+        type Error = std::convert::Infallible;
+        type Future = BoxFuture<Self::Response, Self::Error>;
+        fn poll_ready(
+            &mut self,
+            _cx: &mut Context<'_>,
+        ) -> Poll<std::result::Result<(), Self::Error>> {
+            Poll::Ready(Ok(()))
+        }
+        fn call(&mut self, req: http::Request<B>) -> Self::Future {
+            match req.uri().path() {
+                "/claviger.v1.KeyService/GetKeyStatus" => {
+                    #[allow(non_camel_case_types)]
+                    struct GetKeyStatusSvc<T: KeyService>(pub Arc<T>);
+                    impl<
+                        T: KeyService,
+                    > tonic::server::UnaryService<super::GetKeyStatusRequest>
+                    for GetKeyStatusSvc<T> {
+                        type Response = super::GetKeyStatusResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::GetKeyStatusRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as KeyService>::get_key_status(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = GetKeyStatusSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/claviger.v1.KeyService/RotateRootKey" => {
+                    #[allow(non_camel_case_types)]
+                    struct RotateRootKeySvc<T: KeyService>(pub Arc<T>);
+                    impl<
+                        T: KeyService,
+                    > tonic::server::ServerStreamingService<super::RotateRootKeyRequest>
+                    for RotateRootKeySvc<T> {
+                        type Response = super::RotateRootKeyResponse;
+                        type ResponseStream = T::RotateRootKeyStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::RotateRootKeyRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as KeyService>::rotate_root_key(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = RotateRootKeySvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/claviger.v1.KeyService/RotateAuditKey" => {
+                    #[allow(non_camel_case_types)]
+                    struct RotateAuditKeySvc<T: KeyService>(pub Arc<T>);
+                    impl<
+                        T: KeyService,
+                    > tonic::server::UnaryService<super::RotateAuditKeyRequest>
+                    for RotateAuditKeySvc<T> {
+                        type Response = super::RotateAuditKeyResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::RotateAuditKeyRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as KeyService>::rotate_audit_key(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = RotateAuditKeySvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                _ => {
+                    Box::pin(async move {
+                        let mut response = http::Response::new(
+                            tonic::body::Body::default(),
+                        );
+                        let headers = response.headers_mut();
+                        headers
+                            .insert(
+                                tonic::Status::GRPC_STATUS,
+                                (tonic::Code::Unimplemented as i32).into(),
+                            );
+                        headers
+                            .insert(
+                                http::header::CONTENT_TYPE,
+                                tonic::metadata::GRPC_CONTENT_TYPE,
+                            );
+                        Ok(response)
+                    })
+                }
+            }
+        }
+    }
+    impl<T> Clone for KeyServiceServer<T> {
+        fn clone(&self) -> Self {
+            let inner = self.inner.clone();
+            Self {
+                inner,
+                accept_compression_encodings: self.accept_compression_encodings,
+                send_compression_encodings: self.send_compression_encodings,
+                max_decoding_message_size: self.max_decoding_message_size,
+                max_encoding_message_size: self.max_encoding_message_size,
+            }
+        }
+    }
+    /// Generated gRPC service name
+    pub const SERVICE_NAME: &str = "claviger.v1.KeyService";
+    impl<T> tonic::server::NamedService for KeyServiceServer<T> {
+        const NAME: &'static str = SERVICE_NAME;
+    }
+}
+/// Asks to forget.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PurgeCacheRequest {
+    /// The environment; empty: all.
+    #[prost(string, tag = "1")]
+    pub environment: ::prost::alloc::string::String,
+    /// The secret; empty: all of the environment.
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+    /// Why. At most 512 bytes.
+    #[prost(string, tag = "3")]
+    pub reason: ::prost::alloc::string::String,
+}
+/// What was forgotten.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PurgeCacheResponse {
+    /// How many secrets were in memory.
+    #[prost(uint64, tag = "1")]
+    pub entries: u64,
+}
+/// Asks for figures.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetCacheStatisticsRequest {
+    /// Why. At most 512 bytes.
+    #[prost(string, tag = "1")]
+    pub reason: ::prost::alloc::string::String,
+}
+/// Figures of all caches.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct GetCacheStatisticsResponse {
+    /// One for each environment, in the order of their names.
+    #[prost(message, repeated, tag = "1")]
+    pub caches: ::prost::alloc::vec::Vec<CacheStatistics>,
+}
+/// Figures of one cache since the broker's start.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CacheStatistics {
+    /// The environment.
+    #[prost(string, tag = "1")]
+    pub environment: ::prost::alloc::string::String,
+    /// Answers from memory within their time to live.
+    #[prost(uint64, tag = "2")]
+    pub hits: u64,
+    /// Questions that waited for the store.
+    #[prost(uint64, tag = "3")]
+    pub misses: u64,
+    /// Answers past their time to live, because the store could not be asked.
+    #[prost(uint64, tag = "4")]
+    pub stale: u64,
+    /// Absences from memory.
+    #[prost(uint64, tag = "5")]
+    pub negative_hits: u64,
+    /// Fetches begun before an answer's time to live was over.
+    #[prost(uint64, tag = "6")]
+    pub refreshes_ahead: u64,
+    /// Calls to the store.
+    #[prost(uint64, tag = "7")]
+    pub upstream_calls: u64,
+    /// Answers of the store that were errors other than absence.
+    #[prost(uint64, tag = "8")]
+    pub upstream_errors: u64,
+    /// Secrets in memory.
+    #[prost(uint64, tag = "9")]
+    pub entries: u64,
+    /// Bytes that they take, as the bound counts them.
+    #[prost(uint64, tag = "10")]
+    pub bytes: u64,
+}
+/// Generated client implementations.
+pub mod cache_service_client {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    use tonic::codegen::http::Uri;
+    /// What the broker remembers of its stores. `administer` on the broker.
+    #[derive(Debug, Clone)]
+    pub struct CacheServiceClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl CacheServiceClient<tonic::transport::Channel> {
+        /// Attempt to create a new client by connecting to a given endpoint.
+        pub async fn connect<D>(dst: D) -> Result<Self, tonic::transport::Error>
+        where
+            D: TryInto<tonic::transport::Endpoint>,
+            D::Error: Into<StdError>,
+        {
+            let conn = tonic::transport::Endpoint::new(dst)?.connect().await?;
+            Ok(Self::new(conn))
+        }
+    }
+    impl<T> CacheServiceClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> CacheServiceClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+                Response = http::Response<
+                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                >,
+            >,
+            <T as tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            CacheServiceClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// Forgets; the next read asks the store.
+        pub async fn purge_cache(
+            &mut self,
+            request: impl tonic::IntoRequest<super::PurgeCacheRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::PurgeCacheResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/claviger.v1.CacheService/PurgeCache",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("claviger.v1.CacheService", "PurgeCache"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// How each environment's cache does.
+        pub async fn get_cache_statistics(
+            &mut self,
+            request: impl tonic::IntoRequest<super::GetCacheStatisticsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetCacheStatisticsResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/claviger.v1.CacheService/GetCacheStatistics",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(
+                    GrpcMethod::new("claviger.v1.CacheService", "GetCacheStatistics"),
+                );
+            self.inner.unary(req, path, codec).await
+        }
+    }
+}
+/// Generated server implementations.
+pub mod cache_service_server {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    /// Generated trait containing gRPC methods that should be implemented for use with CacheServiceServer.
+    #[async_trait]
+    pub trait CacheService: std::marker::Send + std::marker::Sync + 'static {
+        /// Forgets; the next read asks the store.
+        async fn purge_cache(
+            &self,
+            request: tonic::Request<super::PurgeCacheRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::PurgeCacheResponse>,
+            tonic::Status,
+        >;
+        /// How each environment's cache does.
+        async fn get_cache_statistics(
+            &self,
+            request: tonic::Request<super::GetCacheStatisticsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetCacheStatisticsResponse>,
+            tonic::Status,
+        >;
+    }
+    /// What the broker remembers of its stores. `administer` on the broker.
+    #[derive(Debug)]
+    pub struct CacheServiceServer<T> {
+        inner: Arc<T>,
+        accept_compression_encodings: EnabledCompressionEncodings,
+        send_compression_encodings: EnabledCompressionEncodings,
+        max_decoding_message_size: Option<usize>,
+        max_encoding_message_size: Option<usize>,
+    }
+    impl<T> CacheServiceServer<T> {
+        pub fn new(inner: T) -> Self {
+            Self::from_arc(Arc::new(inner))
+        }
+        pub fn from_arc(inner: Arc<T>) -> Self {
+            Self {
+                inner,
+                accept_compression_encodings: Default::default(),
+                send_compression_encodings: Default::default(),
+                max_decoding_message_size: None,
+                max_encoding_message_size: None,
+            }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> InterceptedService<Self, F>
+        where
+            F: tonic::service::Interceptor,
+        {
+            InterceptedService::new(Self::new(inner), interceptor)
+        }
+        /// Enable decompressing requests with the given encoding.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.accept_compression_encodings.enable(encoding);
+            self
+        }
+        /// Compress responses with the given encoding, if the client supports it.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.send_compression_encodings.enable(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.max_decoding_message_size = Some(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.max_encoding_message_size = Some(limit);
+            self
+        }
+    }
+    impl<T, B> tonic::codegen::Service<http::Request<B>> for CacheServiceServer<T>
+    where
+        T: CacheService,
+        B: Body + std::marker::Send + 'static,
+        B::Error: Into<StdError> + std::marker::Send + 'static,
+    {
+        type Response = http::Response<tonic::body::Body>;
+        type Error = std::convert::Infallible;
+        type Future = BoxFuture<Self::Response, Self::Error>;
+        fn poll_ready(
+            &mut self,
+            _cx: &mut Context<'_>,
+        ) -> Poll<std::result::Result<(), Self::Error>> {
+            Poll::Ready(Ok(()))
+        }
+        fn call(&mut self, req: http::Request<B>) -> Self::Future {
+            match req.uri().path() {
+                "/claviger.v1.CacheService/PurgeCache" => {
+                    #[allow(non_camel_case_types)]
+                    struct PurgeCacheSvc<T: CacheService>(pub Arc<T>);
+                    impl<
+                        T: CacheService,
+                    > tonic::server::UnaryService<super::PurgeCacheRequest>
+                    for PurgeCacheSvc<T> {
+                        type Response = super::PurgeCacheResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::PurgeCacheRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as CacheService>::purge_cache(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = PurgeCacheSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/claviger.v1.CacheService/GetCacheStatistics" => {
+                    #[allow(non_camel_case_types)]
+                    struct GetCacheStatisticsSvc<T: CacheService>(pub Arc<T>);
+                    impl<
+                        T: CacheService,
+                    > tonic::server::UnaryService<super::GetCacheStatisticsRequest>
+                    for GetCacheStatisticsSvc<T> {
+                        type Response = super::GetCacheStatisticsResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::GetCacheStatisticsRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as CacheService>::get_cache_statistics(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = GetCacheStatisticsSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                _ => {
+                    Box::pin(async move {
+                        let mut response = http::Response::new(
+                            tonic::body::Body::default(),
+                        );
+                        let headers = response.headers_mut();
+                        headers
+                            .insert(
+                                tonic::Status::GRPC_STATUS,
+                                (tonic::Code::Unimplemented as i32).into(),
+                            );
+                        headers
+                            .insert(
+                                http::header::CONTENT_TYPE,
+                                tonic::metadata::GRPC_CONTENT_TYPE,
+                            );
+                        Ok(response)
+                    })
+                }
+            }
+        }
+    }
+    impl<T> Clone for CacheServiceServer<T> {
+        fn clone(&self) -> Self {
+            let inner = self.inner.clone();
+            Self {
+                inner,
+                accept_compression_encodings: self.accept_compression_encodings,
+                send_compression_encodings: self.send_compression_encodings,
+                max_decoding_message_size: self.max_decoding_message_size,
+                max_encoding_message_size: self.max_encoding_message_size,
+            }
+        }
+    }
+    /// Generated gRPC service name
+    pub const SERVICE_NAME: &str = "claviger.v1.CacheService";
+    impl<T> tonic::server::NamedService for CacheServiceServer<T> {
         const NAME: &'static str = SERVICE_NAME;
     }
 }

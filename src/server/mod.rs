@@ -1,25 +1,36 @@
 //! The front doors: listeners, limits, and an orderly end. Nothing here decides anything; every door calls the one
-//! [`Broker`](crate::broker::Broker).
+//! [`Broker`].
 
+pub mod admin;
 pub mod grpc;
+pub mod health;
+pub mod limits;
 mod listen;
+pub mod tls;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 
+use self::health::Health;
+use self::limits::{Rate, RateLimits};
+use self::tls::TlsError;
 use crate::broker::Broker;
+use crate::clock::SharedClock;
 use crate::error::{Reason, Reasoned};
 use crate::identity::Chain;
+use crate::telemetry::metrics::Metrics;
 
-pub use listen::{Bound, Listen};
+pub use listen::{Bound, Listen, Places};
 
 /// Bounds on what callers may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// Connections at a time, over all listeners. One more is closed at once.
     pub connections: usize,
+    /// Connections at a time of one caller: of one Unix user, of one IPv4 address, of one IPv6 network of 64 bits.
+    pub connections_per_caller: usize,
     /// Calls at a time on one connection.
     pub streams: u32,
     /// The largest request message, in bytes.
@@ -28,16 +39,26 @@ pub struct Limits {
     pub deadline: Duration,
     /// How long calls in flight may take to end once the broker was told to stop.
     pub drain: Duration,
+    /// How often one principal may call; `None`: as often as it likes.
+    pub per_principal: Option<Rate>,
+    /// How often one address may call; `None`: as often as it likes.
+    pub per_address: Option<Rate>,
+    /// How often one address may fail to say who it is.
+    pub strangers: Rate,
 }
 
 impl Default for Limits {
     fn default() -> Self {
         Self {
             connections: 1_024,
+            connections_per_caller: 512,
             streams: 256,
             message_bytes: 1024 * 1024,
             deadline: Duration::from_secs(30),
             drain: Duration::from_secs(10),
+            per_principal: None,
+            per_address: None,
+            strangers: Rate::STRANGERS,
         }
     }
 }
@@ -54,6 +75,9 @@ pub enum ServerError {
         /// What is wrong and the mend.
         problem: String,
     },
+    /// A certificate, its key or the authorities for clients.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The transport failed.
     #[error("server: {0}")]
     Transport(#[from] tonic::transport::Error),
@@ -66,9 +90,31 @@ impl Reasoned for ServerError {
     fn reason(&self) -> Reason {
         match self {
             Self::Listen { .. } => Reason::InvalidConfig,
+            Self::Tls(error) => error.reason(),
             Self::Transport(_) | Self::Reflection(_) => Reason::Internal,
         }
     }
+}
+
+/// What stands behind the doors, shared by all of them.
+#[derive(Clone)]
+pub struct House {
+    /// What every door calls.
+    pub broker: Arc<Broker>,
+    /// Who is calling.
+    pub identity: Arc<Chain>,
+    /// How often.
+    pub rates: Arc<RateLimits>,
+    /// Places for connections.
+    pub places: Places,
+    /// Whether the broker can do its work.
+    pub health: Arc<Health>,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
+    /// The time.
+    pub clock: SharedClock,
+    /// Bounds on what callers may use.
+    pub limits: Limits,
 }
 
 /// Serves until `shutdown` says true, then lets calls in flight end, for as long as the limits say and no longer:
@@ -77,34 +123,37 @@ impl Reasoned for ServerError {
 /// # Errors
 /// Where a listener or the transport fails.
 pub async fn serve(
-    broker: Arc<Broker>,
-    identity: Arc<Chain>,
+    house: House,
     listeners: Vec<Bound>,
-    limits: Limits,
     shutdown: watch::Receiver<bool>,
 ) -> Result<(), ServerError> {
-    let connections = Arc::new(Semaphore::new(limits.connections));
     let changes = grpc::Changes::default();
-    let door = grpc::Door::new(Arc::clone(&broker), identity, limits);
+    let drain = house.limits.drain;
     let mut servers = Vec::with_capacity(listeners.len());
     for listener in listeners {
-        let incoming = listener.incoming(Arc::clone(&connections));
-        let router = grpc::router(&broker, &door, &changes, limits, shutdown.clone()).await?;
+        if let Some(tls) = listener.tls() {
+            tls.keep_fresh(shutdown.clone())?;
+        }
+        let incoming = listener.incoming(house.places.clone());
+        let router = grpc::router(&house, &changes, shutdown.clone())?;
         servers.push(router.serve_with_incoming_shutdown(incoming, told(shutdown.clone())));
     }
     let all = futures_util::future::try_join_all(servers);
     tokio::pin!(all);
     let hard_end = async {
         told(shutdown.clone()).await;
-        after(limits.drain).await;
+        after(drain).await;
     };
     tokio::select! {
         ended = &mut all => { ended?; }
-        () = hard_end => tracing::warn!(drain = ?limits.drain, "calls in flight were cut off"),
+        () = hard_end => tracing::warn!(?drain, "calls in flight were cut off"),
     }
-    changes.finished(limits.drain).await;
+    changes.finished(drain.min(LONGEST_CHANGE)).await;
     Ok(())
 }
+
+/// How long a change may still take after everything else has ended.
+const LONGEST_CHANGE: Duration = Duration::from_secs(4);
 
 /// Waits until `shutdown` says true.
 pub(crate) async fn told(mut shutdown: watch::Receiver<bool>) {

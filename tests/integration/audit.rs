@@ -7,14 +7,14 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::time::Duration;
 
 use claviger::audit::{
-    Anchor, AuditError, CHECKPOINT_EVERY, CHECKPOINT_WITHIN, FindingKind, Kind, Log, Outcome, Query, Record,
-    Report, Settings, SigningKey, VerifyingKey, query, verify,
+    ANSWER_WITHIN, Anchor, AuditError, CHECKPOINT_EVERY, CHECKPOINT_WITHIN, FindingKind, Kind, Log, Outcome,
+    Query, Record, Report, Settings, SigningKey, VerifyingKey, query, verify,
 };
-use claviger::clock::{Clock, ManualClock};
+use claviger::clock::{Clock, ManualClock, SystemClock};
 use claviger::environment::Durability::{Durable, Relaxed};
 use claviger::error::{Reason, Reasoned};
 use futures_util::FutureExt;
@@ -22,19 +22,23 @@ use futures_util::future::join_all;
 use jiff::Timestamp;
 use proptest::prelude::*;
 
+use crate::support::{assembled, program};
+
+/// How long anything may take before a test is called hung. Never what a test waits for.
+const HUNG: Duration = Duration::from_secs(60);
 const DAY: Duration = Duration::from_secs(86_400);
 /// The length of `{"hash":"<64 hex>",`, behind which the hashed bytes begin.
-const BODY: usize = 75;
+pub(super) const BODY: usize = 75;
 
 /// A folder, a key and a clock: what a log needs besides itself.
-struct Place {
+pub(super) struct Place {
     directory: tempfile::TempDir,
-    key: Vec<u8>,
-    clock: Arc<ManualClock>,
+    pub(super) key: Vec<u8>,
+    pub(super) clock: Arc<ManualClock>,
 }
 
 impl Place {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self {
             directory: tempfile::tempdir().unwrap(),
             key: SigningKey::generate_pkcs8().unwrap().to_vec(),
@@ -42,19 +46,19 @@ impl Place {
         }
     }
 
-    fn audit(&self) -> PathBuf {
+    pub(super) fn audit(&self) -> PathBuf {
         self.directory.path().join("audit")
     }
 
-    fn settings(&self) -> Settings {
+    pub(super) fn settings(&self) -> Settings {
         Settings::new(self.audit(), "a")
     }
 
-    fn try_open(&self, settings: Settings) -> Result<Log, AuditError> {
+    pub(super) fn try_open(&self, settings: Settings) -> Result<Log, AuditError> {
         Log::open(settings, SigningKey::from_pkcs8(&self.key).unwrap(), self.clock.clone())
     }
 
-    fn open(&self) -> Log {
+    pub(super) fn open(&self) -> Log {
         self.try_open(self.settings()).unwrap()
     }
 
@@ -70,11 +74,11 @@ impl Place {
     }
 
     /// One segment per batch.
-    fn open_in_pieces(&self) -> Log {
+    pub(super) fn open_in_pieces(&self) -> Log {
         self.try_open(Settings { segment_bytes: 1, ..self.settings() }).unwrap()
     }
 
-    fn public(&self) -> VerifyingKey {
+    pub(super) fn public(&self) -> VerifyingKey {
         SigningKey::from_pkcs8(&self.key).unwrap().verifying_key()
     }
 
@@ -86,7 +90,7 @@ impl Place {
         verify(&self.audit(), &[self.public()], anchors).unwrap()
     }
 
-    fn segments(&self) -> Vec<PathBuf> {
+    pub(super) fn segments(&self) -> Vec<PathBuf> {
         let entries = fs::read_dir(self.audit().join("a")).unwrap();
         let mut paths: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
         paths.retain(|path| path.extension().is_some_and(|extension| extension == "jsonl"));
@@ -95,13 +99,13 @@ impl Place {
     }
 
     /// Every line of every segment.
-    fn lines(&self) -> Vec<String> {
+    pub(super) fn lines(&self) -> Vec<String> {
         let texts = self.segments().into_iter().map(|path| fs::read_to_string(path).unwrap());
         texts.flat_map(|text| text.lines().map(str::to_owned).collect::<Vec<_>>()).collect()
     }
 
     /// Puts other lines in place of the only segment's.
-    fn rewrite(&self, lines: &[String]) {
+    pub(super) fn rewrite(&self, lines: &[String]) {
         let segments = self.segments();
         assert_eq!(segments.len(), 1);
         fs::write(&segments[0], lines.iter().map(|line| format!("{line}\n")).collect::<String>()).unwrap();
@@ -114,7 +118,7 @@ impl Place {
     }
 }
 
-fn record(detail: impl Into<String>) -> Record {
+pub(super) fn record(detail: impl Into<String>) -> Record {
     Record {
         principal: "User::\"ana\"".to_owned(),
         action: "read".to_owned(),
@@ -127,7 +131,7 @@ fn record(detail: impl Into<String>) -> Record {
 }
 
 /// A line's place.
-fn place_of(line: &str) -> Anchor {
+pub(super) fn place_of(line: &str) -> Anchor {
     let record = json(line);
     let text = |member: &str| record[member].as_str().unwrap().to_owned();
     format!("{}:{}:{}", text("instance"), record["seq"], text("hash")).parse().unwrap()
@@ -143,19 +147,19 @@ fn refusal(opened: Result<Log, AuditError>) -> String {
     text
 }
 
-fn json(line: &str) -> serde_json::Value {
+pub(super) fn json(line: &str) -> serde_json::Value {
     serde_json::from_str(line).unwrap()
 }
 
-fn kinds(lines: &[String]) -> Vec<String> {
+pub(super) fn kinds(lines: &[String]) -> Vec<String> {
     lines.iter().map(|line| json(line)["kind"].as_str().unwrap().to_owned()).collect()
 }
 
-fn details(lines: &[String]) -> Vec<String> {
+pub(super) fn details(lines: &[String]) -> Vec<String> {
     lines.iter().filter_map(|line| json(line)["detail"].as_str().map(str::to_owned)).collect()
 }
 
-fn findings(report: &Report) -> Vec<FindingKind> {
+pub(super) fn findings(report: &Report) -> Vec<FindingKind> {
     report.findings.iter().map(|finding| finding.kind).collect()
 }
 
@@ -165,7 +169,7 @@ fn hash(line: &str) -> String {
 }
 
 /// Gives a line the hash that its bytes have.
-fn rehashed(line: &str) -> String {
+pub(super) fn rehashed(line: &str) -> String {
     format!("{{\"hash\":\"{}\",{}", hash(line), &line[BODY..])
 }
 
@@ -178,7 +182,7 @@ fn replace_member(line: &str, member: &str, value: &str) -> String {
 }
 
 /// What whoever can write the file but not sign would do: everything from `from` on chained anew.
-fn rechained(lines: &[String], from: usize) -> Vec<String> {
+pub(super) fn rechained(lines: &[String], from: usize) -> Vec<String> {
     let mut chained = lines[..from].to_vec();
     for line in &lines[from..] {
         let mut line = line.clone();
@@ -246,7 +250,7 @@ async fn a_chain_goes_on_after_a_restart() {
 }
 
 #[tokio::test]
-async fn every_tampering_is_found_and_named() {
+async fn b20_every_tampering_is_found_and_named() {
     type Tamper = fn(&mut Vec<String>);
     let cases: [(&str, FindingKind, Tamper); 15] = [
         ("edited", FindingKind::HashMismatch, |lines| lines[4] = lines[4].replace("database", "databasf")),
@@ -314,7 +318,7 @@ async fn a_finding_says_where() {
 }
 
 #[tokio::test]
-async fn a_cut_or_rewritten_tail_shows_against_an_anchor() {
+async fn b20_a_cut_or_rewritten_tail_shows_against_an_anchor() {
     for cut in [1, 2, 4] {
         let place = closed_log(6).await;
         let anchor = place.anchor();
@@ -341,7 +345,7 @@ async fn a_cut_or_rewritten_tail_shows_against_an_anchor() {
 }
 
 #[tokio::test]
-async fn a_folder_that_is_gone_shows_against_an_anchor() {
+async fn b20_a_folder_that_is_gone_shows_against_an_anchor() {
     let place = closed_log(1).await;
     let anchor = place.anchor();
     fs::rename(place.audit().join("a"), place.audit().join("b")).unwrap();
@@ -505,10 +509,10 @@ async fn a_group_stands_together() {
 }
 
 /// A disk of 64 KiB, gone with the value.
-struct SmallDisk(tempfile::TempDir);
+pub(super) struct SmallDisk(pub(super) tempfile::TempDir);
 
 impl SmallDisk {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let mounted = Command::new("mount")
             .args(["-t", "tmpfs", "-o", "size=64k,mode=0700", "tmpfs"])
@@ -527,7 +531,7 @@ impl Drop for SmallDisk {
 }
 
 #[tokio::test]
-async fn a_full_disk_refuses_and_space_mends_it() {
+async fn b16_a_full_disk_refuses_and_space_mends_it() {
     let disk = SmallDisk::new();
     let filler = disk.0.path().join("filler");
     fs::write(&filler, vec![b'x'; 24 << 10]).unwrap();
@@ -576,10 +580,214 @@ async fn a_full_disk_refuses_and_space_mends_it() {
     let text = fs::read_to_string(settings.directory.join("a/00000000000000000001.jsonl")).unwrap();
     let lines: Vec<_> = text.lines().map(str::to_owned).collect();
     assert_eq!(details(&lines), acknowledged, "every acknowledged record, and no other");
+    let figures = log.figures();
+    assert_eq!((figures.records, figures.failed), (acknowledged.len() as u64, 1 + 3 + 50));
+    assert_eq!((figures.latency.count, figures.backlog), (figures.records, 0));
+    assert_eq!(figures.segment_bytes, text.len() as u64);
 }
 
 #[tokio::test]
-async fn a_log_in_trouble_recovers_by_itself() {
+async fn b16_how_full_the_disk_is_shows_before_it_is_full() {
+    let disk = SmallDisk::new();
+    let place = Place::new();
+    let log = place.try_open(Settings::new(disk.0.path().join("audit"), "a")).unwrap();
+    let ample = log.figures().disk_free_permille.unwrap();
+    assert!((201..=1_000).contains(&ample), "{ample}");
+    let filler = disk.0.path().join("filler");
+    fs::write(&filler, vec![b'x'; 52 << 10]).unwrap();
+    let look = async || {
+        place.clock.advance(Duration::from_secs(10));
+        for _ in 0..2 {
+            // The second one finds that the writer has looked after the first.
+            log.append(record("look"), Durable).await.unwrap();
+        }
+        log.figures().disk_free_permille.unwrap()
+    };
+    let low = look().await;
+    assert!(low <= 200, "80 % are used: {low}");
+    assert!(log.health().is_ok(), "and everything is served");
+    fs::remove_file(&filler).unwrap();
+    assert!(look().await > 200);
+    log.close().await.unwrap();
+}
+
+/// A store that, told to, keeps the log's thread waiting when that asks how many changes there were: as a disk does that
+/// does not answer.
+#[derive(Default)]
+struct Gate {
+    /// Whether it is shut, and whether someone stands before it.
+    state: Mutex<(bool, bool)>,
+    changed: Condvar,
+}
+
+impl Gate {
+    fn pass(&self) {
+        let mut state = self.state.lock().unwrap();
+        state.1 = state.0;
+        self.changed.notify_all();
+        drop(self.changed.wait_while(state, |state| state.0).unwrap());
+    }
+
+    fn shut(&self, shut: bool) {
+        *self.state.lock().unwrap() = (shut, false);
+        self.changed.notify_all();
+    }
+
+    fn wait_for_someone(&self) {
+        let waited = self.changed.wait_timeout_while(self.state.lock().unwrap(), HUNG, |state| !state.1);
+        assert!(!waited.unwrap().1.timed_out(), "nobody comes");
+    }
+}
+
+/// Waits until a log whose disk hung is well again.
+async fn until_it_answers(log: &Log) {
+    let well = async {
+        while log.health().is_err() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(HUNG, well).await.expect("the disk answers");
+}
+
+#[tokio::test]
+async fn b17_a_writer_that_hangs_is_refused_like_a_full_disk_and_resumes() {
+    let place = Place::new();
+    let gate = Arc::new(Gate::default());
+    let generation = Arc::clone(&gate);
+    let settings = Settings {
+        generation: Arc::new(move || {
+            generation.pass();
+            0
+        }),
+        ..place.settings()
+    };
+    let log = place.try_open(settings).unwrap();
+    log.append(record("before"), Durable).await.unwrap();
+    gate.shut(true);
+    let append = |name: &'static str, count: usize, durability| {
+        let log = log.clone();
+        tokio::spawn(async move { log.append_all(vec![record(name); count], durability).await })
+    };
+    // So many that a checkpoint is due among them.
+    let hanging = append("hanging", 100, Durable);
+    let behind_it = Arc::clone(&gate);
+    tokio::task::spawn_blocking(move || behind_it.wait_for_someone()).await.unwrap();
+    let waiting = append("waiting", 1, Relaxed);
+    place.clock.advance(ANSWER_WITHIN);
+    for refused in [hanging, waiting] {
+        let error = tokio::time::timeout(HUNG, refused).await.unwrap().unwrap().unwrap_err();
+        assert_eq!(error.reason(), Reason::AuditUnavailable, "{error}");
+        assert!(error.to_string().contains("has not answered for 2 s"), "{error}");
+    }
+    for durability in [Durable, Relaxed] {
+        let error = log.append(record("refused"), durability).await.unwrap_err();
+        assert_eq!(error.reason(), Reason::AuditUnavailable, "at once: {error}");
+    }
+    assert_eq!(log.health().unwrap_err().reason(), Reason::AuditUnavailable);
+    assert_eq!((log.figures().failed, log.figures().backlog), (103, 0));
+
+    gate.shut(false);
+    until_it_answers(&log).await;
+    log.append(record("after"), Durable).await.unwrap();
+    assert!(log.health().is_ok());
+    assert_eq!(log.figures().records, 2);
+    log.close().await.unwrap();
+    assert!(place.verify().is_clean());
+    let written = details(&place.lines());
+    assert_eq!((written.first().unwrap().as_str(), written.last().unwrap().as_str()), ("before", "after"));
+    assert!(written[1..written.len() - 1].iter().all(|detail| detail == "hanging"), "{written:?}");
+    assert_eq!(written.len(), 102, "what was in hand has a record, and nobody was served for it");
+}
+
+#[tokio::test]
+async fn b17_a_log_can_be_let_go_while_its_disk_hangs() {
+    let place = Place::new();
+    let gate = Arc::new(Gate::default());
+    let generation = Arc::clone(&gate);
+    let settings = Settings {
+        generation: Arc::new(move || {
+            generation.pass();
+            0
+        }),
+        ..place.settings()
+    };
+    let log = place.try_open(settings).unwrap();
+    gate.shut(true);
+    let closing = {
+        let log = log.clone();
+        tokio::spawn(async move { log.close().await })
+    };
+    let behind_it = Arc::clone(&gate);
+    tokio::task::spawn_blocking(move || behind_it.wait_for_someone()).await.unwrap();
+    place.clock.advance(ANSWER_WITHIN);
+    let error = tokio::time::timeout(HUNG, closing).await.unwrap().unwrap().unwrap_err();
+    assert_eq!(error.reason(), Reason::AuditUnavailable, "{error}");
+    drop(log);
+    gate.shut(false);
+}
+
+/// A disk of its own whose writes can be made to hang, as those of a disk that is gone do.
+struct FreezableDisk(tempfile::TempDir);
+
+impl FreezableDisk {
+    /// `None` where the machine has no loop devices.
+    fn new() -> Option<Self> {
+        let folder = tempfile::tempdir().unwrap();
+        let (image, mount) = (folder.path().join("image"), folder.path().join("mount"));
+        fs::File::create(&image).unwrap().set_len(16 << 20).unwrap();
+        fs::create_dir(&mount).unwrap();
+        let run = |program: &str, arguments: &[&str], paths: &[&Path]| {
+            Command::new(program).args(arguments).args(paths).status().is_ok_and(|status| status.success())
+        };
+        let made = run("mkfs.ext4", &["-q", "-F"], &[image.as_path()]);
+        (made && run("mount", &["-o", "loop"], &[image.as_path(), mount.as_path()])).then_some(Self(folder))
+    }
+
+    fn path(&self) -> PathBuf {
+        self.0.path().join("mount")
+    }
+
+    fn freeze(&self, freeze: bool) -> bool {
+        let how = if freeze { "--freeze" } else { "--unfreeze" };
+        Command::new("fsfreeze").arg(how).arg(self.path()).status().is_ok_and(|status| status.success())
+    }
+}
+
+impl Drop for FreezableDisk {
+    fn drop(&mut self) {
+        self.freeze(false);
+        let _ = Command::new("umount").arg("-l").arg(self.path()).status();
+    }
+}
+
+#[tokio::test]
+async fn b17_a_disk_that_hangs_refuses_and_resumes() {
+    let Some(disk) = FreezableDisk::new() else {
+        eprintln!("not done: this machine has no loop device to freeze");
+        return;
+    };
+    let place = Place::new();
+    let settings = Settings::new(disk.path().join("audit"), "a");
+    let key = SigningKey::from_pkcs8(&place.key).unwrap();
+    let log = Log::open(settings.clone(), key, SystemClock::shared()).unwrap();
+    log.append(record("before"), Durable).await.unwrap();
+    assert!(disk.freeze(true));
+    // The kernel keeps the writer in its write.
+    let error =
+        tokio::time::timeout(HUNG, log.append(record("hanging"), Durable)).await.unwrap().unwrap_err();
+    assert_eq!(error.reason(), Reason::AuditUnavailable, "{error}");
+    assert_eq!(log.health().unwrap_err().reason(), Reason::AuditUnavailable);
+    assert!(log.append(record("refused"), Relaxed).await.is_err());
+    assert!(disk.freeze(false));
+    until_it_answers(&log).await;
+    log.append(record("after"), Durable).await.unwrap();
+    assert!(log.health().is_ok());
+    log.close().await.unwrap();
+    assert!(verify(&settings.directory, &[place.public()], &[]).unwrap().is_clean());
+}
+
+#[tokio::test]
+async fn b16_a_log_in_trouble_recovers_by_itself() {
     let disk = SmallDisk::new();
     let place = Place::new();
     let settings = Settings::new(disk.0.path().join("audit"), "a");
@@ -608,7 +816,7 @@ fn problem_noticed(place: &Place) -> (PathBuf, String) {
 }
 
 #[tokio::test]
-async fn a_deleted_file_is_noticed_and_the_chain_goes_on_elsewhere() {
+async fn b18_a_deleted_file_is_noticed_and_the_chain_goes_on_elsewhere() {
     for durability in [Durable, Relaxed] {
         let place = Place::new();
         let log = place.open();
@@ -633,7 +841,7 @@ async fn a_deleted_file_is_noticed_and_the_chain_goes_on_elsewhere() {
 }
 
 #[tokio::test]
-async fn a_replaced_or_changed_file_is_noticed() {
+async fn b18_a_replaced_or_changed_file_is_noticed() {
     type Change = fn(&Path);
     let cases: [(&str, Change, &[FindingKind]); 3] = [
         (
@@ -672,7 +880,7 @@ async fn a_replaced_or_changed_file_is_noticed() {
 }
 
 #[tokio::test]
-async fn a_removed_folder_is_made_again() {
+async fn b18_a_removed_folder_is_made_again() {
     let place = Place::new();
     let log = place.open();
     log.append(record("before"), Durable).await.unwrap();
@@ -690,7 +898,7 @@ async fn a_removed_folder_is_made_again() {
 }
 
 #[tokio::test]
-async fn a_last_line_that_is_whole_and_wrong_is_no_crash() {
+async fn b19_a_last_line_that_is_whole_and_wrong_is_no_crash() {
     let tears: [fn(&mut Vec<u8>); 2] = [
         |bytes| {
             let last = bytes.len() - 10;
@@ -710,7 +918,7 @@ async fn a_last_line_that_is_whole_and_wrong_is_no_crash() {
 }
 
 #[tokio::test]
-async fn a_torn_last_line_is_cut_off_and_recorded() {
+async fn b19_a_torn_last_line_is_cut_off_and_recorded() {
     type Tear = fn(&mut Vec<u8>);
     let cases: [(&str, Tear); 5] = [
         ("half a line", |bytes| bytes.truncate(bytes.len() - 40)),
@@ -1003,7 +1211,7 @@ async fn an_empty_last_segment_is_written_to() {
 }
 
 #[tokio::test]
-async fn two_writers_never_share_a_chain() {
+async fn b21_two_writers_never_share_a_chain() {
     let place = Place::new();
     let log = place.open();
     let error = place.try_open(place.settings()).unwrap_err();
@@ -1097,7 +1305,7 @@ async fn a_relaxed_record_is_in_the_file_before_it_is_acknowledged() {
 }
 
 #[tokio::test]
-async fn what_follows_the_last_checkpoint_is_said() {
+async fn b20_what_follows_the_last_checkpoint_is_said() {
     let place = Place::new();
     let log = place.open();
     for n in 0..3 {
@@ -1112,6 +1320,64 @@ async fn what_follows_the_last_checkpoint_is_said() {
     assert!(place.verify().instances[0].clean_shutdown);
     place.open();
     assert!(!place.verify().instances[0].clean_shutdown, "opened since");
+}
+
+#[tokio::test]
+async fn b20_verify_prints_what_is_unanchored() {
+    let place = Place::new();
+    let log = place.open();
+    for n in 0..3 {
+        log.append(record(format!("n{n}")), Durable).await.unwrap();
+    }
+    let key = place.directory.path().join("audit.pub");
+    fs::write(&key, format!("{}\n", place.public())).unwrap();
+    let verified = || {
+        let mut verify = program::claviger(["audit", "verify", "--dir"]);
+        let output = verify.arg(place.audit()).arg("--public-key").arg(&key).output().unwrap();
+        (output.status.code().unwrap(), String::from_utf8(output.stdout).unwrap())
+    };
+    let (code, said) = verified();
+    assert_eq!(code, 0, "{said}");
+    assert!(said.contains("the log is whole; UNANCHORED: 3 records follow the last checkpoints"), "{said}");
+    log.close().await.unwrap();
+    let (code, said) = verified();
+    assert_eq!(code, 0, "{said}");
+    assert!(said.contains("UNANCHORED: 0 records"), "{said}");
+    let mut lines = place.lines();
+    lines[3] = lines[3].replace("database", "databasf");
+    place.rewrite(&lines);
+    let (code, said) = verified();
+    assert_eq!(code, 1, "{said}");
+    assert!(said.contains("00000000000000000001.jsonl:4: hash_mismatch: "), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn b21_two_brokers_on_one_audit_folder_need_two_instances() {
+    use std::os::unix::fs::{DirBuilderExt, symlink};
+    let (one, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let first = assembled::start(&assembled::resolved(one.path()), assembled::clock()).await.unwrap();
+    let data = other.path().join("data");
+    for folder in [data.clone(), data.join("keys")] {
+        fs::DirBuilder::new().mode(0o700).create(folder).unwrap();
+    }
+    symlink(one.path().join("data/audit"), data.join("audit")).unwrap();
+    for file in ["audit.key", "audit.pub"] {
+        fs::copy(one.path().join("data/keys").join(file), data.join("keys").join(file)).unwrap();
+    }
+    let mut resolved = assembled::resolved(other.path());
+    let refused = assembled::start(&resolved, assembled::clock()).await.unwrap_err();
+    assert_eq!(refused.reason(), Reason::Locked, "{refused}");
+    assert!(refused.to_string().contains("instance name of its own"), "{refused}");
+
+    resolved.instance = "other".to_owned();
+    let second = assembled::start(&resolved, assembled::clock()).await.unwrap();
+    first.stop().await.unwrap();
+    second.stop().await.unwrap();
+    let key = fs::read_to_string(data.join("keys/audit.pub")).unwrap();
+    let key = VerifyingKey::parse(&key).unwrap();
+    let report = verify(&one.path().join("data/audit"), &[key], &[]).unwrap();
+    assert!(report.is_clean(), "{report:?}");
+    assert_eq!(report.instances.len(), 2);
 }
 
 #[tokio::test]

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use aws_sdk_secretsmanager::types::RotationRulesType;
-use claviger::clock::SystemClock;
+use claviger::cache::{Cache, Settings};
+use claviger::clock::{ManualClock, SystemClock};
 use claviger::environment::AwsSettings;
 use claviger::error::{Reason, Reasoned};
 use claviger::secret::{
@@ -127,6 +128,39 @@ async fn what_does_not_pass_is_said_and_by_its_kind() {
         let batch = bench.store.batch_get(&[item], Freshness::Cached).await.remove(0);
         assert_eq!(reason(batch), expected, "{fault:?}");
     }
+}
+
+/// AWS throttles with status 400, like what is wrong for good.
+#[tokio::test]
+async fn b3_throttling_is_no_reason_to_withhold_what_is_cached() {
+    let bench = Bench::with(&once()).await;
+    bench.put("database", "hunter2").await;
+    let (ttl, stale_for) = (Duration::from_secs(60), Duration::from_secs(600));
+    let settings = Settings {
+        ttl,
+        negative_ttl: Duration::from_secs(5),
+        stale_for,
+        capacity_bytes: 1 << 20,
+        answer_within: Settings::ANSWER_WITHIN,
+        uncached: Vec::new(),
+    };
+    let clock = ManualClock::new(jiff::Timestamp::UNIX_EPOCH);
+    let cache = Cache::new(Arc::clone(&bench.store) as Arc<dyn Store>, settings, Arc::clone(&clock) as _);
+    let id = bench.id("database");
+    let get = async || cache.get(&id, &Selector::CURRENT, Freshness::Cached).await;
+    assert!(!get().await.unwrap().stale);
+    clock.advance(2 * ttl);
+    bench.proxy.forget();
+    bench.proxy.set(Mode::Throttle);
+    for _ in 0..20 {
+        let found = get().await.unwrap();
+        assert_eq!((found.value.expose_text(), found.stale, found.age), (Some("hunter2"), true, 2 * ttl));
+    }
+    assert_eq!(bench.proxy.calls("GetSecretValue"), 1, "it is left alone for a while");
+    clock.advance(stale_for);
+    assert_eq!(reason(get().await), Reason::StoreThrottled, "past the bound");
+    bench.proxy.set(Mode::Pass);
+    assert!(!get().await.unwrap().stale);
 }
 
 #[tokio::test]
@@ -321,7 +355,7 @@ async fn forty_five_secrets_are_three_calls() {
 }
 
 #[tokio::test]
-async fn one_items_failure_is_its_own() {
+async fn b9_one_items_failure_is_its_own() {
     let bench = Bench::new().await;
     let one = bench.put("rotated", "one").await;
     bench.put("rotated", "two").await;

@@ -345,11 +345,13 @@ async fn tokens_end_when_they_are_told_and_when_they_expire() {
         groups: ["services".to_owned()].into(),
         claims: Default::default(),
         expires_in: Duration::from_secs(60 * minutes),
+        environments: Default::default(),
+        source_addresses: Vec::new(),
         created_by: "test".to_owned(),
     };
     let (record, secret) = tokens.create(request(10)).await.unwrap();
     let (_, other) = tokens.create(request(60)).await.unwrap();
-    let presented = |bearer: &SecretValue| Presented { peer: None, bearer: Some(bearer.clone()) };
+    let presented = |bearer: &SecretValue| Presented { bearer: Some(bearer.clone()), ..Presented::default() };
     let known = tokens.authenticate(&presented(&secret)).await.unwrap().unwrap();
     assert_eq!((known.id(), known.proof().detail.as_str()), ("orders", record.id.as_str()));
 

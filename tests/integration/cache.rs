@@ -1,5 +1,8 @@
 //! The cache against a scripted store: an in-memory one that counts its calls and can be held, lag, fail and lose
-//! acknowledgements. What is under test is the cache; the stores themselves have their conformance suite.
+//! acknowledgements. What is under test is the cache; the stores themselves have their conformance suite. At the end the
+//! cache within a broker: who may purge it, and that policy stands before it.
+//!
+//! A test named `b7_…` is the proof of row B7 of the catalogue of what breaks around a cache.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
@@ -9,7 +12,9 @@ use std::time::Duration;
 use async_trait::async_trait;
 use claviger::cache::{Cache, Settings};
 use claviger::clock::ManualClock;
+use claviger::environment::{Environment, NamePattern, Registry};
 use claviger::error::{Reason, Reasoned as _};
+use claviger::policy::{PolicySource, Resource};
 use claviger::secret::{
     EnvironmentName, Label, LabelMove, Labels, SecretId, SecretValue, Selector, Version, VersionId,
 };
@@ -21,6 +26,11 @@ use jiff::Timestamp;
 use tokio::sync::Semaphore;
 use tokio::task::{JoinHandle, yield_now};
 
+use crate::support::assembled::{
+    administrator, clock, get, person, put as put_text, records, resolved, start,
+};
+use crate::support::program::Served;
+
 const CURRENT: Selector = Selector::CURRENT;
 const PREVIOUS: Selector = Selector::Label(Label::Previous);
 const TTL: Duration = Duration::from_secs(60);
@@ -28,6 +38,8 @@ const PAST_TTL: Duration = Duration::from_secs(61);
 const STALE_FOR: Duration = Duration::from_secs(600);
 const NEGATIVE_TTL: Duration = Duration::from_secs(5);
 const LONGEST_HOLD_BACK: Duration = Duration::from_secs(5);
+/// Within the last fifth of a time to live, whether or not chance has shortened it by a tenth.
+const NEARLY_OVER: Duration = Duration::from_secs(52);
 
 type Fault = fn(&SecretId) -> StoreError;
 
@@ -329,8 +341,14 @@ struct House {
     cache: Cache,
 }
 
-const SETTINGS: Settings =
-    Settings { ttl: TTL, negative_ttl: NEGATIVE_TTL, stale_for: STALE_FOR, capacity_bytes: 1 << 20 };
+const SETTINGS: Settings = Settings {
+    ttl: TTL,
+    negative_ttl: NEGATIVE_TTL,
+    stale_for: STALE_FOR,
+    capacity_bytes: 1 << 20,
+    answer_within: Settings::ANSWER_WITHIN,
+    uncached: Vec::new(),
+};
 
 impl House {
     fn new() -> Self {
@@ -390,10 +408,25 @@ impl House {
         }
         panic!("only {} of {misses} questions arrived", self.cache.stats().misses);
     }
+
+    /// Lets the tasks of this runtime do what they can: none of them waits for time.
+    async fn settle(&self) {
+        for _ in 0..1_000 {
+            yield_now().await;
+        }
+    }
+
+    /// Has a secret fetched, and read so often that it is hot; then lets time pass until its time to live is nearly over.
+    async fn heat(&self, name: &str) {
+        for _ in 0..3 {
+            self.current(name).await;
+        }
+        self.clock.advance(NEARLY_OVER);
+    }
 }
 
 #[tokio::test]
-async fn a_thousand_who_ask_at_once_cost_one_call() {
+async fn b4_a_thousand_who_ask_at_once_cost_one_call() {
     let house = House::new();
     house.seed("a", 1).await;
     let gate = house.store.reads.hold_next();
@@ -409,7 +442,7 @@ async fn a_thousand_who_ask_at_once_cost_one_call() {
 }
 
 #[tokio::test]
-async fn who_goes_away_takes_nothing_from_who_stays() {
+async fn b5_who_goes_away_takes_nothing_from_who_stays() {
     let house = House::new();
     house.seed("a", 1).await;
     let gate = house.store.reads.hold_next();
@@ -427,7 +460,7 @@ async fn who_goes_away_takes_nothing_from_who_stays() {
 }
 
 #[tokio::test]
-async fn what_nobody_waits_for_any_more_is_still_learnt() {
+async fn b5_what_nobody_waits_for_any_more_is_still_learnt() {
     let house = House::new();
     house.seed("a", 1).await;
     let gate = house.store.reads.hold_next();
@@ -442,12 +475,29 @@ async fn what_nobody_waits_for_any_more_is_still_learnt() {
 }
 
 #[tokio::test]
-async fn a_store_that_panics_ends_the_wait_and_not_the_cache() {
+async fn b6_a_store_that_panics_ends_the_wait_and_not_the_cache() {
     let house = House::new();
     house.seed("a", 1).await;
     house.store.panic_next.store(true, SeqCst);
     assert_eq!(house.reason("a").await, Reason::StoreUnavailable);
     assert_eq!(house.current("a").await, version(1));
+}
+
+#[tokio::test]
+async fn b6_a_store_that_hangs_ends_the_wait_of_all_and_is_asked_again() {
+    let settings = Settings { answer_within: Duration::from_millis(50), ..SETTINGS };
+    let house = House::with(Scripted::default(), settings);
+    house.seed("a", 1).await;
+    let never_opened = house.store.reads.hold_next();
+    let callers: Vec<_> = (0..10).map(|_| house.spawn_get("a")).collect();
+    never_opened.reached().await;
+    house.until_misses(10).await;
+    for caller in callers {
+        assert_eq!(caller.await.unwrap().unwrap_err().reason(), Reason::StoreUnavailable);
+    }
+    assert_eq!(house.store.gets(), 1);
+    assert_eq!(house.current("a").await, version(1));
+    assert_eq!(house.store.gets(), 2);
 }
 
 #[tokio::test]
@@ -470,7 +520,7 @@ async fn an_answer_is_good_for_nine_tenths_of_its_time_at_least_and_never_longer
 }
 
 #[tokio::test]
-async fn stale_is_bounded_and_said() {
+async fn b1_stale_is_bounded_and_said() {
     let house = House::new();
     house.seed("a", 1).await;
     house.current("a").await;
@@ -490,7 +540,7 @@ async fn stale_is_bounded_and_said() {
 }
 
 #[tokio::test]
-async fn a_held_back_store_does_not_stretch_the_bound_on_staleness() {
+async fn b1_a_held_back_store_does_not_stretch_the_bound_on_staleness() {
     let house = House::new();
     house.seed("a", 1).await;
     house.current("a").await;
@@ -502,7 +552,7 @@ async fn a_held_back_store_does_not_stretch_the_bound_on_staleness() {
 }
 
 #[tokio::test]
-async fn throttling_is_an_outage_too() {
+async fn b3_throttling_is_an_outage_too() {
     let house = House::new();
     house.seed("a", 1).await;
     house.current("a").await;
@@ -514,7 +564,7 @@ async fn throttling_is_an_outage_too() {
 }
 
 #[tokio::test]
-async fn an_outage_does_not_cost_every_request_a_try() {
+async fn b3_an_outage_does_not_cost_every_request_a_try() {
     let house = House::new();
     house.seed("a", 1).await;
     house.current("a").await;
@@ -550,7 +600,7 @@ async fn while_one_tries_whether_a_failed_store_is_back_the_others_are_served() 
 }
 
 #[tokio::test]
-async fn gone_deleted_and_denied_are_never_covered_by_a_cached_value() {
+async fn b2_gone_deleted_and_denied_are_never_covered_by_a_cached_value() {
     let faults: [(Fault, Reason); 4] = [
         (|id| StoreError::SecretNotFound(id.clone()), Reason::SecretNotFound),
         (|id| StoreError::SecretDeleted(id.clone()), Reason::SecretDeleted),
@@ -571,7 +621,7 @@ async fn gone_deleted_and_denied_are_never_covered_by_a_cached_value() {
 }
 
 #[tokio::test]
-async fn what_a_refresh_learns_to_be_gone_is_gone_for_all() {
+async fn b2_what_a_refresh_learns_to_be_gone_is_gone_for_all() {
     let house = House::new();
     house.seed("a", 1).await;
     house.current("a").await;
@@ -596,7 +646,7 @@ async fn a_value_fetched_before_a_denial_is_neither_joined_nor_kept() {
 }
 
 #[tokio::test]
-async fn absences_are_believed_for_a_moment_and_a_put_ends_them() {
+async fn b7_absences_are_believed_for_a_moment_and_a_put_ends_them() {
     let house = House::new();
     for _ in 0..10 {
         assert_eq!(house.reason("a").await, Reason::SecretNotFound);
@@ -631,7 +681,7 @@ async fn an_absence_found_before_a_put_is_not_believed_after_it() {
 }
 
 #[tokio::test]
-async fn asking_for_what_is_not_there_evicts_nothing_that_is() {
+async fn b7_asking_for_what_is_not_there_evicts_nothing_that_is() {
     let house = House::new();
     house.seed("a", 1).await;
     house.current("a").await;
@@ -642,6 +692,12 @@ async fn asking_for_what_is_not_there_evicts_nothing_that_is() {
         assert_eq!(missing.unwrap_err().reason(), Reason::VersionNotFound);
     }
     assert_eq!(house.get("a").await.unwrap().source, Source::Cache);
+    assert_eq!(house.cache.stats().entries, 1, "absences are kept elsewhere");
+    let asked = house.store.gets();
+    house.seed("missing-1", 1).await;
+    house.clock.advance(NEGATIVE_TTL);
+    assert_eq!(house.current("missing-1").await, version(1), "what was made since is there");
+    assert_eq!(house.store.gets(), asked + 1);
 }
 
 #[tokio::test]
@@ -674,7 +730,7 @@ async fn zero_switches_caching_off() {
 }
 
 #[tokio::test]
-async fn what_is_held_is_bounded_in_bytes() {
+async fn b10_what_is_held_is_bounded_in_bytes() {
     let capacity_bytes = 64 * 1_024;
     let house = House::with(Scripted::default(), Settings { capacity_bytes, ..SETTINGS });
     for n in 0..100 {
@@ -687,6 +743,41 @@ async fn what_is_held_is_bounded_in_bytes() {
     assert!(stats.bytes <= capacity_bytes, "{stats:?}");
     assert!((1..=15).contains(&stats.entries), "{stats:?}");
     assert!(stats.bytes >= stats.entries * 4_096, "{stats:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn b10_what_is_held_is_bounded_in_bytes_under_load_too() {
+    let capacity_bytes = 64 * 1_024;
+    let house = House::with(Scripted::default(), Settings { capacity_bytes, ..SETTINGS });
+    let names: Arc<Vec<SecretId>> = Arc::new((0..200).map(|n| id(&format!("large-{n}"))).collect());
+    for name in names.iter() {
+        let value = SecretValue::binary(vec![7; 4_096]).unwrap();
+        house.store.put(name, Put { value, ..put(1) }).await.unwrap();
+    }
+    let readers: Vec<_> = (1..=8)
+        .map(|seed: u64| {
+            let (cache, names) = (house.cache.clone(), Arc::clone(&names));
+            let mut dice = Dice(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+            tokio::spawn(async move {
+                for n in 0..1_000 {
+                    // Half of the reads are of a few names, so that some of them stay.
+                    let which = if n % 2 == 0 { dice.roll(5) } else { dice.roll(200) };
+                    let name = &names[usize::try_from(which).unwrap()];
+                    let fetched = cache.get(name, &CURRENT, Freshness::Cached).await.unwrap();
+                    assert_eq!(fetched.value.len(), 4_096);
+                    let stats = cache.stats();
+                    // What others do meanwhile is applied a little later.
+                    assert!(stats.bytes <= 2 * capacity_bytes, "{stats:?}");
+                }
+            })
+        })
+        .collect();
+    for reader in readers {
+        reader.await.unwrap();
+    }
+    let stats = house.cache.stats();
+    assert!(stats.hits > 0 && stats.misses > 0, "{stats:?}");
+    assert!(stats.bytes <= capacity_bytes && stats.entries <= 15, "{stats:?}");
 }
 
 #[tokio::test]
@@ -745,7 +836,7 @@ async fn what_was_cached_while_a_put_was_under_way_does_not_outlast_it() {
 }
 
 #[tokio::test]
-async fn an_older_revision_never_replaces_a_newer_one() {
+async fn b8_an_older_revision_never_replaces_a_newer_one() {
     let house = House::new();
     house.seed("a", 1).await;
     let gate = house.store.reads.hold_next();
@@ -761,7 +852,7 @@ async fn an_older_revision_never_replaces_a_newer_one() {
 }
 
 #[tokio::test]
-async fn a_store_that_went_back_in_time_changes_nothing_that_is_cached() {
+async fn b8_a_store_that_went_back_in_time_changes_nothing_that_is_cached() {
     let house = House::new();
     house.seed("a", 1).await;
     house.store.lag(true);
@@ -771,6 +862,28 @@ async fn a_store_that_went_back_in_time_changes_nothing_that_is_cached() {
     *house.store.lag.lock().unwrap() = past;
     assert_eq!(house.refresh("a").await.unwrap().version.id, version(1), "as the store says");
     assert_eq!(house.current("a").await, version(2));
+}
+
+#[tokio::test]
+async fn b8_an_empty_value_is_a_value_and_replaces_only_what_is_older() {
+    let house = House::new();
+    let empty = Put { value: SecretValue::text(String::new()).unwrap(), ..put(1) };
+    house.cache.put(&id("a"), empty).await.unwrap();
+    for source in [Source::Store, Source::Cache] {
+        let fetched = house.get("a").await.unwrap();
+        assert_eq!((fetched.value.len(), fetched.source), (0, source));
+    }
+    house.store.lag(true);
+    let past = house.store.lag.lock().unwrap().take();
+    house.put("a", 2).await;
+    assert_eq!(house.current("a").await, version(2));
+    *house.store.lag.lock().unwrap() = past;
+    assert!(house.refresh("a").await.unwrap().value.is_empty(), "as the store says");
+    assert_eq!(
+        house.get("a").await.unwrap().value.expose_text(),
+        Some("value 2"),
+        "the last good one is kept"
+    );
 }
 
 #[tokio::test]
@@ -1002,7 +1115,7 @@ async fn a_batch_costs_one_call_for_all_that_is_missing() {
 }
 
 #[tokio::test]
-async fn each_item_of_a_batch_falls_back_by_itself() {
+async fn b9_each_item_of_a_batch_falls_back_by_itself() {
     let house = House::new();
     house.seed("a", 1).await;
     house.seed("b", 1).await;
@@ -1038,6 +1151,240 @@ async fn singles_join_a_batch_and_a_batch_joins_singles() {
     assert_eq!(sources(&batch.await.unwrap()), ["store", "store", "store"]);
     assert_eq!((house.store.gets(), house.store.batches.load(SeqCst)), (1, 1));
     assert_eq!(house.store.last_batch.load(SeqCst), 2);
+}
+
+#[tokio::test]
+async fn what_is_hot_is_fetched_anew_before_its_time_is_over() {
+    let house = House::new();
+    house.seed("a", 1).await;
+    house.heat("a").await;
+    house.seed("a", 2).await;
+    let gate = house.store.reads.hold_next();
+    // Readers go on getting what is remembered, and one fetch is enough for all of them.
+    for _ in 0..100 {
+        let fetched = house.get("a").await.unwrap();
+        assert_eq!((fetched.version.id, fetched.source), (version(1), Source::Cache));
+    }
+    gate.reached().await;
+    assert_eq!(house.current("a").await, version(1));
+    gate.open();
+    house.settle().await;
+    assert_eq!(house.current("a").await, version(2));
+    house.clock.advance(NEARLY_OVER / 2);
+    let fetched = house.get("a").await.unwrap();
+    assert_eq!((fetched.version.id, fetched.source), (version(2), Source::Cache), "past the old one's time");
+    let stats = house.cache.stats();
+    assert_eq!((stats.refreshes_ahead, stats.misses, house.store.gets()), (1, 1, 2));
+}
+
+#[tokio::test]
+async fn what_is_not_hot_is_not() {
+    let house = House::new();
+    house.seed("a", 1).await;
+    house.current("a").await;
+    house.clock.advance(NEARLY_OVER);
+    assert_eq!(house.get("a").await.unwrap().source, Source::Cache);
+    house.clock.advance(PAST_TTL - NEARLY_OVER);
+    assert_eq!(house.get("a").await.unwrap().source, Source::Store);
+    assert_eq!((house.store.gets(), house.cache.stats().refreshes_ahead), (2, 0));
+
+    // Nor is what is hot while most of its time is left.
+    for _ in 0..100 {
+        house.current("a").await;
+    }
+    house.clock.advance(TTL * 7 / 10);
+    assert_eq!(house.get("a").await.unwrap().source, Source::Cache);
+    assert_eq!((house.store.gets(), house.cache.stats().refreshes_ahead), (2, 0));
+}
+
+#[tokio::test]
+async fn a_fetch_ahead_is_shared_with_who_comes_too_late_for_the_old_answer() {
+    let house = House::new();
+    house.seed("a", 1).await;
+    house.heat("a").await;
+    let gate = house.store.reads.hold_next();
+    assert_eq!(house.get("a").await.unwrap().source, Source::Cache);
+    gate.reached().await;
+    house.clock.advance(PAST_TTL - NEARLY_OVER);
+    let late = house.spawn_get("a");
+    house.until_misses(2).await;
+    gate.open();
+    assert_eq!(late.await.unwrap().unwrap().source, Source::Store);
+    assert_eq!(house.store.gets(), 2);
+}
+
+#[tokio::test]
+async fn a_fetch_ahead_is_not_begun_while_someone_asks_already() {
+    let house = House::new();
+    house.seed("a", 1).await;
+    house.heat("a").await;
+    let gate = house.store.reads.hold_next();
+    let cache = house.cache.clone();
+    let asking = tokio::spawn(async move { cache.get(&id("a"), &CURRENT, Freshness::Refresh).await });
+    gate.reached().await;
+    assert_eq!(house.get("a").await.unwrap().source, Source::Cache);
+    gate.open();
+    asking.await.unwrap().unwrap();
+    assert_eq!((house.store.gets(), house.cache.stats().refreshes_ahead), (2, 0));
+}
+
+#[tokio::test]
+async fn a_fetch_ahead_that_fails_changes_nothing_before_the_time_is_over() {
+    for fault in [outage as Fault, throttled] {
+        let house = House::new();
+        house.seed("a", 1).await;
+        house.heat("a").await;
+        house.store.fail_reads(Some(fault));
+        for _ in 0..100 {
+            let fetched = house.get("a").await.unwrap();
+            assert_eq!((fetched.source, fetched.stale), (Source::Cache, false));
+            yield_now().await;
+        }
+        assert_eq!(house.store.gets(), 2, "one try");
+        house.clock.advance(PAST_TTL - NEARLY_OVER);
+        assert!(house.get("a").await.unwrap().stale);
+        house.store.fail_reads(None);
+        house.clock.advance(LONGEST_HOLD_BACK);
+        assert_eq!(house.get("a").await.unwrap().source, Source::Store);
+    }
+}
+
+#[tokio::test]
+async fn b2_a_fetch_ahead_that_learns_of_a_deletion_or_denial_evicts_at_once() {
+    let faults: [(Fault, Reason); 3] = [
+        (|id| StoreError::SecretNotFound(id.clone()), Reason::SecretNotFound),
+        (|id| StoreError::SecretDeleted(id.clone()), Reason::SecretDeleted),
+        (denied, Reason::StoreDenied),
+    ];
+    for (fault, reason) in faults {
+        let house = House::new();
+        house.seed("a", 1).await;
+        house.heat("a").await;
+        house.store.fail_reads(Some(fault));
+        assert_eq!(house.current("a").await, version(1), "this one is told what is remembered");
+        house.settle().await;
+        assert_eq!(house.cache.stats().entries, 0, "{reason} evicts");
+        assert_eq!(house.reason("a").await, reason);
+    }
+}
+
+#[tokio::test]
+async fn b8_a_fetch_ahead_brings_back_nothing_that_this_broker_superseded() {
+    let settings = Settings { ttl: Duration::from_secs(10), ..SETTINGS };
+    let house = House::with(Scripted { unnumbered: true, ..Scripted::default() }, settings);
+    house.put("a", 1).await;
+    house.store.lag(false);
+    house.put("a", 2).await;
+    for _ in 0..3 {
+        assert_eq!(house.current("a").await, version(2));
+    }
+    let before = house.store.gets();
+    house.clock.advance(Duration::from_millis(8_700));
+    assert_eq!(house.get("a").await.unwrap().source, Source::Cache);
+    house.settle().await;
+    assert_eq!(house.store.gets(), before + 2, "by the label, and then by the id");
+    house.clock.advance(Duration::from_secs(5));
+    let fetched = house.get("a").await.unwrap();
+    assert_eq!((fetched.version.id, fetched.source), (version(2), Source::Cache));
+    assert_eq!(house.cache.stats().refreshes_ahead, 1);
+}
+
+#[tokio::test]
+async fn a_put_voids_a_fetch_ahead() {
+    for house in [House::new(), House::unnumbered()] {
+        house.seed("a", 1).await;
+        house.heat("a").await;
+        let gate = house.store.reads.hold_next();
+        house.current("a").await;
+        gate.reached().await;
+        house.put("a", 2).await;
+        gate.open();
+        house.settle().await;
+        assert_eq!(house.current("a").await, version(2));
+    }
+}
+
+#[tokio::test]
+async fn what_a_batch_finds_nearly_over_costs_one_call_for_all_of_it() {
+    let house = House::new();
+    for name in ["a", "b", "c"] {
+        house.seed(name, 1).await;
+    }
+    for _ in 0..3 {
+        house.current("a").await;
+        house.current("b").await;
+    }
+    house.clock.advance(NEARLY_OVER);
+    let answers = house.cache.batch_get(&items(&["a", "c", "b"]), Freshness::Cached).await;
+    assert_eq!(sources(&answers), ["cache", "store", "cache"]);
+    house.settle().await;
+    assert_eq!((house.store.batches.load(SeqCst), house.store.last_batch.load(SeqCst)), (1, 2));
+    assert_eq!((house.store.gets(), house.cache.stats().refreshes_ahead), (3, 2));
+}
+
+fn uncached(patterns: &[&str]) -> House {
+    let uncached = patterns.iter().map(|pattern| NamePattern::parse(pattern).unwrap()).collect();
+    House::with(Scripted::default(), Settings { uncached, ..SETTINGS })
+}
+
+#[tokio::test]
+async fn of_what_is_not_to_be_cached_each_read_asks_the_store() {
+    let house = uncached(&["payments/*", "jwt"]);
+    for name in ["payments/key", "jwt", "jwt-2"] {
+        house.seed(name, 1).await;
+    }
+    for n in 1..=5 {
+        assert_eq!(house.get("payments/key").await.unwrap().source, Source::Store);
+        assert_eq!(house.get("jwt").await.unwrap().source, Source::Store);
+        assert_eq!(house.reason("payments/missing").await, Reason::SecretNotFound);
+        assert_eq!(house.store.gets(), 3 * n);
+    }
+    house.seed("payments/missing", 1).await;
+    assert_eq!(house.current("payments/missing").await, version(1), "an absence is not kept either");
+    house.current("jwt-2").await;
+    assert_eq!(house.get("jwt-2").await.unwrap().source, Source::Cache, "this one is not meant");
+    let stats = house.cache.stats();
+    assert_eq!((stats.entries, stats.hits, stats.negative_hits, stats.refreshes_ahead), (1, 1, 0, 0));
+
+    house.store.fail_reads(Some(outage));
+    assert_eq!(house.reason("jwt").await, Reason::StoreUnavailable, "nothing stands in");
+    let answers = house.cache.batch_get(&items(&["jwt-2", "jwt"]), Freshness::Cached).await;
+    assert_eq!(sources(&answers), ["cache", "STORE_UNAVAILABLE"]);
+}
+
+#[tokio::test]
+async fn those_who_ask_at_the_same_time_share_a_call_also_for_what_is_not_cached() {
+    let house = uncached(&["*"]);
+    house.seed("a", 1).await;
+    let gate = house.store.reads.hold_next();
+    let callers: Vec<_> = (0..100).map(|_| house.spawn_get("a")).collect();
+    house.until_misses(100).await;
+    house.seed("a", 2).await;
+    assert_eq!(house.refresh("a").await.unwrap().version.id, version(2), "who insists asks by itself");
+    gate.open();
+    for caller in callers {
+        assert_eq!(caller.await.unwrap().unwrap().version.id, version(1));
+    }
+    assert_eq!(house.store.gets(), 2);
+    assert_eq!(house.current("a").await, version(2));
+    assert_eq!(house.store.gets(), 3);
+}
+
+#[tokio::test]
+async fn a_purge_says_how_much_it_forgot() {
+    let house = House::new();
+    for name in ["a", "b", "c"] {
+        house.seed(name, 1).await;
+        house.current(name).await;
+    }
+    house.reason("missing").await;
+    assert_eq!(house.cache.purge(Some(&id("a"))), 1);
+    assert_eq!(house.cache.purge(Some(&id("a"))), 0, "gone already");
+    assert_eq!(house.cache.purge(Some(&id("missing"))), 0, "an absence is no secret");
+    assert_eq!(house.cache.purge(None), 2);
+    assert_eq!(house.cache.purge(None), 0);
+    house.cache.tidy();
+    assert_eq!((house.cache.stats().entries, house.cache.stats().bytes), (0, 0));
 }
 
 #[tokio::test]
@@ -1120,7 +1467,7 @@ async fn wander(cache: Cache, clock: Arc<ManualClock>, mut dice: Dice) {
                 let put = Put { token: VersionId::generate(), ..put(0) };
                 see(which, cache.put(&names[which], put).await.unwrap().order);
             }
-            6 => cache.purge(Some(&names[which])),
+            6 => drop(cache.purge(Some(&names[which]))),
             7 => clock.advance(PAST_TTL),
             8..12 => {
                 let items = names.clone().map(|name| (name, selector.clone()));
@@ -1152,4 +1499,161 @@ async fn nobody_sees_a_secret_go_back_in_time() {
     }
     let stats = house.cache.stats();
     assert!(stats.hits > 0 && stats.misses > 0, "{stats:?}");
+}
+
+fn development(name: &str) -> SecretId {
+    SecretId::parse("development", name).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn b12_policy_stands_before_the_cache_with_every_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let policies = folder.path().join("policies");
+    std::fs::create_dir(&policies).unwrap();
+    for (file, text) in claviger::policy::SHIPPED {
+        std::fs::write(policies.join(file), text).unwrap();
+    }
+    let mut resolved = resolved(folder.path());
+    resolved.policy = PolicySource::Directory(policies.clone());
+    let running = start(&resolved, clock()).await.unwrap();
+    put_text(&running, development("database"), "p").await.unwrap();
+    let ana = person("ana", &["team"]);
+    let read = async || get(&running, &ana, development("database")).await;
+    assert_eq!(read().await.unwrap().source, Source::Store);
+    assert_eq!(read().await.unwrap().source, Source::Cache);
+
+    let before = running.broker.caches().statistics();
+    let forbid = r#"@id("not-ana") forbid (principal == User::"ana", action, resource);"#;
+    std::fs::write(policies.join("zz.cedar"), forbid).unwrap();
+    running.broker.reload_policy(&administrator()).await.unwrap();
+    assert_eq!(read().await.unwrap_err().reason(), Reason::Denied, "with the next request");
+    assert_eq!(running.broker.caches().statistics(), before, "the cache was not even asked");
+
+    std::fs::remove_file(policies.join("zz.cedar")).unwrap();
+    running.broker.reload_policy(&administrator()).await.unwrap();
+    assert_eq!(read().await.unwrap().source, Source::Cache, "it was there all the time");
+    running.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_administers_the_broker_purges_and_it_is_on_record() {
+    let folder = tempfile::tempdir().unwrap();
+    let running = start(&resolved(folder.path()), clock()).await.unwrap();
+    let secrets = [development("a"), development("b"), SecretId::parse("staging", "c").unwrap()];
+    for secret in &secrets {
+        put_text(&running, secret.clone(), "p").await.unwrap();
+    }
+    let sources = async || {
+        let mut sources = Vec::new();
+        for secret in &secrets {
+            sources.push(get(&running, &administrator(), secret.clone()).await.unwrap().source);
+        }
+        sources
+    };
+    let purge = async |what: Resource| running.broker.purge_cache(&administrator(), &what).await;
+    use Source::{Cache as Remembered, Store as Asked};
+    assert_eq!(sources().await, [Asked, Asked, Asked]);
+    let refused = running.broker.purge_cache(&person("ana", &["team"]), &Resource::Broker).await;
+    assert_eq!(refused.unwrap_err().reason(), Reason::Denied);
+    assert_eq!(sources().await, [Remembered, Remembered, Remembered]);
+    assert_eq!(purge(Resource::Secret(secrets[0].clone())).await.unwrap(), 1);
+    assert_eq!(sources().await, [Asked, Remembered, Remembered]);
+    assert_eq!(purge(Resource::Environment("development".parse().unwrap())).await.unwrap(), 2);
+    assert_eq!(sources().await, [Asked, Asked, Remembered]);
+    assert_eq!(purge(Resource::Broker).await.unwrap(), 3);
+    assert_eq!(sources().await, [Asked, Asked, Asked]);
+    let nowhere = purge(Resource::Environment("nowhere".parse().unwrap())).await;
+    assert_eq!(nowhere.unwrap_err().reason(), Reason::EnvironmentNotFound);
+    let refused = running.broker.cache_statistics(&person("ana", &["team"])).await;
+    assert_eq!(refused.unwrap_err().reason(), Reason::Denied);
+    let figures = running.broker.cache_statistics(&administrator()).await.unwrap();
+    let names: Vec<_> = figures.iter().map(|(name, _)| name.as_str()).collect();
+    assert_eq!(names, ["development", "production", "staging"]);
+    assert_eq!((figures[0].1.entries, figures[0].1.misses), (2, 7));
+    running.stop().await.unwrap();
+
+    let records = records(folder.path());
+    let purges: Vec<_> = records
+        .iter()
+        .filter(|record| record["operation"] == "purge_cache")
+        .map(|record| {
+            let text = |key: &str| record[key].as_str().unwrap_or_default().to_owned();
+            (text("kind"), text("environment"), text("secret"), text("outcome"))
+        })
+        .collect();
+    let expected = [
+        ("access", "", "", "denied"),
+        ("intent", "development", "a", ""),
+        ("access", "development", "a", "ok"),
+        ("intent", "development", "", ""),
+        ("access", "development", "", "ok"),
+        ("intent", "", "", ""),
+        ("access", "", "", "ok"),
+        ("intent", "nowhere", "", ""),
+        ("access", "nowhere", "", "not_found"),
+    ]
+    .map(|(kind, environment, secret, outcome)| {
+        (kind.to_owned(), environment.to_owned(), secret.to_owned(), outcome.to_owned())
+    });
+    assert_eq!(purges, expected);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_environment_names_what_is_not_cached() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut resolved = resolved(folder.path());
+    let mut environment = Environment::sealed("development".parse().unwrap());
+    environment.uncached = vec![NamePattern::parse("payments/*").unwrap()];
+    resolved.registry = Registry::new([environment]).unwrap();
+    let running = start(&resolved, clock()).await.unwrap();
+    for (name, then) in [("payments/key", Source::Store), ("database", Source::Cache)] {
+        put_text(&running, development(name), "p").await.unwrap();
+        for expected in [Source::Store, then, then] {
+            let found = get(&running, &administrator(), development(name)).await.unwrap();
+            assert_eq!((found.source, found.stale), (expected, false), "{name}");
+        }
+    }
+    running.stop().await.unwrap();
+}
+
+#[test]
+fn the_cache_is_purged_and_looked_at_from_the_command_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let served = Served::start(folder.path());
+    let program = &served.program;
+    let json = |arguments: &[&str]| {
+        let answer = program.ok(arguments.iter().chain(&["--output", "json"]));
+        serde_json::from_str::<serde_json::Value>(&answer).unwrap()
+    };
+    let read = |name: &str| json(&["get", "-e", "development", name])["source"].as_str().unwrap().to_owned();
+    for name in ["a", "b"] {
+        assert!(program.put("development", name, b"value").status.success());
+        assert_eq!((read(name).as_str(), read(name).as_str()), ("store", "cache"));
+    }
+    let said = program.ok(["cache", "purge", "-e", "development", "a"]);
+    assert_eq!(said, "a in development: forgotten\n");
+    assert_eq!((read("a").as_str(), read("b").as_str()), ("store", "cache"));
+    let shape = json(&["cache", "purge", "-e", "development"]);
+    assert_eq!(shape, serde_json::json!({"environment": "development", "name": null, "entries": 2}));
+    let shape = json(&["cache", "purge", "--all"]);
+    assert_eq!(shape, serde_json::json!({"environment": null, "name": null, "entries": 0}));
+
+    let development = json(&["cache", "stats"])["caches"][0].clone();
+    assert_eq!(development["environment"], "development");
+    for (figure, expected) in
+        [("hits", 3), ("misses", 3), ("upstream_calls", 3), ("entries", 0), ("bytes", 0)]
+    {
+        assert_eq!(development[figure], expected, "{figure}");
+    }
+    assert!(program.ok(["cache", "stats"]).starts_with("ENVIRONMENT"));
+
+    let refused = program.fails(2, ["cache", "purge"]);
+    assert!(refused.contains("--all"), "{refused}");
+    program.fails(2, ["cache", "purge", "a", "--all"]);
+    program.fails(2, ["cache", "purge", "--all", "-e", "development"]);
+    program.fails(4, ["cache", "purge", "-e", "nowhere"]);
+    let token = program.ok(["token", "create", "--user", "eve", "--expires", "1h"]);
+    let mut denied = program.command(["cache", "purge", "--all"]);
+    let denied = denied.env("CLAVIGER_TOKEN", token.trim()).output().unwrap();
+    assert_eq!(denied.status.code(), Some(3), "{}", String::from_utf8_lossy(&denied.stderr));
 }

@@ -67,7 +67,7 @@ fn exec_starts_a_program_whose_variables_come_from_the_embedded_store() {
 }
 
 #[test]
-fn exec_names_everything_that_is_missing_at_once_and_starts_nothing() {
+fn b9_exec_names_everything_that_is_missing_at_once_and_starts_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let program = Program::dev(folder.path());
     let manifest = manifest(
@@ -132,7 +132,7 @@ fn exit_codes_say_what_went_wrong() {
 }
 
 #[test]
-fn a_revoked_token_is_refused_with_the_next_request() {
+fn b12_a_revoked_token_is_refused_with_the_next_request() {
     let folder = tempfile::tempdir().unwrap();
     let program = Program::dev(folder.path());
     let token = program.ok(["token", "create", "--user", "ana", "--group", "team", "--expires", "1h"]);
@@ -265,7 +265,7 @@ async fn exec_starts_a_program_whose_variables_come_from_aws() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_cached_stands_in_for_a_store_that_is_away_and_says_so() {
+async fn b1_what_is_cached_stands_in_for_a_store_that_is_away_and_says_so() {
     let proxy = FaultProxy::start(Moto::start().await.endpoint()).await;
     let folder = tempfile::tempdir().unwrap();
     let (config, socket, _) = configuration(folder.path(), proxy.endpoint());
@@ -294,7 +294,7 @@ async fn what_is_cached_stands_in_for_a_store_that_is_away_and_says_so() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_policy_broken_on_reload_leaves_the_last_good_set_in_force() {
+async fn b22_a_policy_broken_on_reload_leaves_the_last_good_set_in_force() {
     let folder = tempfile::tempdir().unwrap();
     let (config, socket, policies) = configuration(folder.path(), "http://127.0.0.1:9");
     let program = Program::serve(&config, &socket, CREDENTIALS);
@@ -357,7 +357,7 @@ fn the_throw_away_broker_runs_a_command_and_goes() {
 }
 
 #[test]
-fn two_brokers_do_not_share_a_folder() {
+fn b38_two_brokers_do_not_share_a_folder() {
     let folder = tempfile::tempdir().unwrap();
     let _first = Program::dev(folder.path());
     let data = folder.path().join("data");

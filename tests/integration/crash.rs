@@ -35,7 +35,7 @@ fn on_record(folder: &Path) -> BTreeSet<String> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sigkill_under_load_loses_no_record_of_a_value_that_left() {
+async fn b31_sigkill_under_load_loses_no_record_of_a_value_that_left() {
     let folder = tempfile::tempdir().unwrap();
     let mut received = BTreeSet::new();
     for round in 0..5 {
@@ -95,7 +95,7 @@ async fn sigkill_under_load_loses_no_record_of_a_value_that_left() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sigkill_during_writes_keeps_every_acknowledged_version() {
+async fn b31_sigkill_during_writes_keeps_every_acknowledged_version() {
     let folder = tempfile::tempdir().unwrap();
     let mut program = Program::dev(folder.path());
     let mut client = secrets(&program.socket).await;
@@ -149,7 +149,7 @@ async fn sigkill_during_writes_keeps_every_acknowledged_version() {
 }
 
 #[test]
-fn sigterm_ends_in_good_order() {
+fn b30_sigterm_ends_in_good_order() {
     let folder = tempfile::tempdir().unwrap();
     let mut program = Program::dev(folder.path());
     let socket = program.socket.clone();

@@ -746,7 +746,7 @@ mod embedded_file {
     }
 
     #[tokio::test(flavor = "multi_thread")]
-    async fn a_file_belongs_to_one_at_a_time() {
+    async fn b38_a_file_belongs_to_one_at_a_time() {
         let (_folder, path) = folder();
         let first = open(&path).await.unwrap();
         let error = open(&path).await.unwrap_err();

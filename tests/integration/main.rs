@@ -14,17 +14,31 @@
 )]
 
 mod audit;
+// mod audit_keys;
 mod aws;
 mod broker;
 mod cache;
+mod check;
+mod client;
 mod commands;
 mod crash;
+mod deploy;
+mod faults;
+mod floods;
 mod golden;
+mod health;
 mod inject;
+mod keys;
 mod kv_conformance;
 mod leaks;
+mod limits;
+mod logs;
 mod policy;
 mod proto;
+mod python_client;
+mod soak;
 mod store_conformance;
 mod support;
+mod tls;
+mod watch;
 mod wire;

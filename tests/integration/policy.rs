@@ -111,7 +111,7 @@ fn an_expectation_that_is_not_met_says_what_was_found() {
 }
 
 #[test]
-fn without_a_usable_set_there_are_no_policies() {
+fn b22_without_a_usable_set_there_are_no_policies() {
     let folder = tempfile::tempdir().unwrap();
     let absent = load(PolicySource::Directory(folder.path().join("absent"))).unwrap_err();
     assert!(absent.to_string().contains("/absent: "), "{absent}");
@@ -151,7 +151,7 @@ fn a_reload_takes_effect_at_once_also_for_what_was_decided_before() {
 }
 
 #[test]
-fn whatever_breaks_in_the_folder_the_last_good_set_stays() {
+fn b22_whatever_breaks_in_the_folder_the_last_good_set_stays() {
     type Break = fn(&Path);
     let breakages: [(&str, Break); 12] = [
         ("half-written file", |folder| {

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use claviger::cache::{self, Cache};
 use claviger::clock::{ManualClock, SharedClock, SystemClock};
-use claviger::crypto::RootKey;
+use claviger::crypto::{KeyRing, RootKey};
 use claviger::error::{Reason, Reasoned};
 use claviger::kv::embedded::Embedded;
 use claviger::secret::{
@@ -798,8 +798,8 @@ impl Fixture for SealedStore {
         let (folder, clock) =
             (tempfile::tempdir().unwrap(), ManualClock::new("2026-01-01T00:00:00Z".parse().unwrap()));
         let kv = Embedded::open(&folder.path().join("kv.db"), clock.clone()).await.unwrap();
-        let root = Arc::new(RootKey::generate().unwrap());
-        let store = Sealed::open(Arc::new(kv), root, clock.clone()).await.unwrap();
+        let ring = Arc::new(KeyRing::of(RootKey::generate().unwrap()));
+        let store = Sealed::open(Arc::new(kv), ring, clock.clone()).await.unwrap();
         let environment = EnvironmentName::parse("production").unwrap();
         Self { store: Arc::new(store), clock, environment, _folder: folder }
     }
@@ -871,6 +871,8 @@ impl<F: Fixture> Fixture for Cached<F> {
             negative_ttl: Duration::from_secs(5),
             stale_for: Duration::from_secs(3_600),
             capacity_bytes: 16 * 1024 * 1024,
+            answer_within: claviger::cache::Settings::ANSWER_WITHIN,
+            uncached: Vec::new(),
         };
         let below = F::new().await;
         let cache = Cache::new(below.store(), settings, below.clock());

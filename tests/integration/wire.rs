@@ -264,7 +264,7 @@ async fn labels_of_ones_own_move_and_the_systems_do_not() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_connection_that_never_ends_does_not_keep_the_broker() {
+async fn b30_a_connection_that_never_ends_does_not_keep_the_broker() {
     use crate::support::assembled;
     use claviger::server::{Limits, Listen};
     use std::time::Duration;

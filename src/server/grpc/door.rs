@@ -1,4 +1,10 @@
-//! What every request passes before its service sees it: a request id, who is calling, a deadline.
+//! What every request passes before its service sees it: a request id, who is calling, how often, a deadline; and what
+//! is counted and logged of it when it ends.
+//!
+//! ```text
+//! request ─▶ account opens ─▶ who? ──known──▶ rate ─▶ service ─▶ account closes: one count, one log line
+//!                              └─stranger─▶ rate ─▶ record ─▶ UNAUTHENTICATED
+//! ```
 //!
 //! Only `grpc.health.v1` is open to callers whom nobody knows.
 
@@ -8,19 +14,57 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use http::{HeaderValue, Request, Response};
+use prost::Message as _;
+use prost_types::FileDescriptorSet;
 use tonic::Status;
 use tonic::body::Body;
 use tower::{Layer, Service};
 
-use super::status::status;
+use super::account::{self, Accounts};
+use super::status::{status, status_after};
 use crate::broker::{Broker, BrokerError, Call};
-use crate::error::Reason;
+use crate::error::{Reason, Reasoned as _};
 use crate::identity::{Chain, IdentityError, Presented, Principal, SourceAddress};
+use crate::proto::FILE_DESCRIPTOR_SET;
 use crate::secret::SecretValue;
-use crate::server::Limits;
+use crate::server::House;
+use crate::server::limits::{Limited, RateLimits};
 use crate::server::listen::ConnectionInfo;
 
 const OPEN: &str = "/grpc.health.v1.Health/";
+const REQUEST_ID: &str = "x-request-id";
+
+/// The path of every method that the door serves, as [`Metrics::new`](crate::telemetry::metrics::Metrics::new) takes
+/// them.
+#[must_use]
+pub fn methods() -> Vec<String> {
+    let sets = [
+        FILE_DESCRIPTOR_SET,
+        tonic_health::pb::FILE_DESCRIPTOR_SET,
+        tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET,
+    ];
+    let described = sets.into_iter().flat_map(described);
+    described
+        .flat_map(|(service, methods)| methods.into_iter().map(move |method| format!("/{service}/{method}")))
+        .collect()
+}
+
+/// The full name of every service of ours.
+pub(super) fn services() -> Vec<String> {
+    described(FILE_DESCRIPTOR_SET).map(|(service, _)| service).collect()
+}
+
+/// Services by their full names, and their methods.
+fn described(set: &[u8]) -> impl Iterator<Item = (String, Vec<String>)> + use<> {
+    let files = FileDescriptorSet::decode(set).unwrap_or_default().file;
+    files.into_iter().flat_map(|file| {
+        let package = file.package.unwrap_or_default();
+        file.service.into_iter().map(move |service| {
+            let methods = service.method.into_iter().map(|method| method.name.unwrap_or_default());
+            (format!("{package}.{}", service.name.unwrap_or_default()), methods.collect())
+        })
+    })
+}
 
 /// Who is calling, once that is known; in the request's extensions.
 #[derive(Debug, Clone)]
@@ -45,49 +89,162 @@ impl Caller {
 /// The door, as a layer around all services.
 #[derive(Clone)]
 pub struct Door {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
     broker: Arc<Broker>,
     identity: Arc<Chain>,
+    rates: Arc<RateLimits>,
+    accounts: Accounts,
     longest: Duration,
 }
 
 impl Door {
-    /// A door to `broker` for whom `identity` recognises.
+    /// A door to the house for whom it recognises, as often as its rates permit.
     #[must_use]
-    pub const fn new(broker: Arc<Broker>, identity: Arc<Chain>, limits: Limits) -> Self {
-        Self { broker, identity, longest: limits.deadline }
+    pub fn new(house: &House) -> Self {
+        let House { broker, identity, rates, metrics, clock, limits, .. } = house;
+        Self {
+            inner: Arc::new(Inner {
+                broker: Arc::clone(broker),
+                identity: Arc::clone(identity),
+                rates: Arc::clone(rates),
+                accounts: Accounts::new(Arc::clone(metrics), Arc::clone(clock)),
+                longest: limits.deadline,
+            }),
+        }
+    }
+}
+
+/// Why a call goes no further.
+struct Refusal {
+    status: Status,
+    /// One of many alike, which the log does not name one by one.
+    quiet: bool,
+}
+
+impl From<Status> for Refusal {
+    fn from(status: Status) -> Self {
+        Self { status, quiet: false }
+    }
+}
+
+impl Inner {
+    /// One call, from its headers to its answer's.
+    async fn answer<S>(
+        &self,
+        mut inner: S,
+        mut request: Request<Body>,
+        source: SourceAddress,
+        request_id: &Arc<str>,
+    ) -> Result<Response<Body>, S::Error>
+    where
+        S: Service<Request<Body>, Response = Response<Body>>,
+    {
+        let deadline = match deadline(&request, self.longest) {
+            Ok(deadline) => deadline,
+            // Nobody knows yet whose call it is.
+            Err(error) => return Ok(refused(Refusal { status: status(&error, request_id), quiet: true })),
+        };
+        let presented = presented(&request, &source);
+        let served = async {
+            match self.caller(presented, source, Arc::clone(request_id)).await {
+                Ok(caller) => {
+                    request.extensions_mut().insert(caller);
+                    inner.call(request).await
+                }
+                Err(refusal) => Ok(refused(refusal)),
+            }
+        };
+        match tokio::time::timeout(deadline, served).await {
+            Ok(Ok(response)) if too_large(&response) => Ok(refused(status(&oversized(), request_id).into())),
+            Ok(response) => response,
+            Err(_) => Ok(refused(status(&late(), request_id).into())),
+        }
     }
 
-    /// Who is calling; a caller whom nobody knows is on record before they hear so.
+    /// Who is calling. A caller whom nobody knows, or who calls too often, is on record before they hear so.
     async fn caller(
         &self,
         presented: Result<Presented, IdentityError>,
         source_address: SourceAddress,
         request_id: Arc<str>,
-    ) -> Result<Caller, Status> {
+    ) -> Result<Caller, Refusal> {
         let known = match presented {
             Ok(presented) => self.identity.authenticate(&presented).await,
             Err(error) => Err(error),
         };
         match known {
-            Ok(principal) => Ok(Caller { principal, source_address, request_id }),
-            Err(error) => {
-                let recorded =
-                    self.broker.record_stranger(&source_address, &request_id, "authenticate", &error).await;
-                Err(match recorded {
-                    Ok(()) => status(&error, &request_id),
-                    Err(unrecorded) => status(&unrecorded, &request_id),
-                })
+            Ok(principal) => {
+                let caller = Caller { principal, source_address, request_id };
+                match self.rates.admit(&caller.principal, &caller.source_address) {
+                    Ok(()) => Ok(caller),
+                    Err(limited) => Err(self.turned_away(&caller, &limited).await),
+                }
             }
+            Err(error) => Err(self.not_let_in(&source_address, &request_id, &error).await),
+        }
+    }
+
+    /// A caller who is known and calls too often. Only now and then is there a record, which counts the others: a flood
+    /// must not fill the log.
+    async fn turned_away(&self, caller: &Caller, limited: &Limited) -> Refusal {
+        let request_id = &caller.request_id;
+        let Some(times) = limited.unrecorded else {
+            return Refusal { status: status_after(limited, request_id, limited.retry_after), quiet: true };
+        };
+        let call = caller.call("");
+        let error = self.broker.record_rejected(&call, "rate_limit", ("", ""), counted(limited, times)).await;
+        status_after(&error, request_id, limited.retry_after).into()
+    }
+
+    /// A caller whom nobody knows.
+    async fn not_let_in(
+        &self,
+        source_address: &SourceAddress,
+        request_id: &str,
+        error: &IdentityError,
+    ) -> Refusal {
+        let limited = match self.rates.admit_stranger(source_address) {
+            Ok(()) => {
+                let recorded =
+                    self.broker.record_stranger(source_address, request_id, "authenticate", error).await;
+                return match recorded {
+                    Ok(()) => status(error, request_id).into(),
+                    Err(unrecorded) => status(&unrecorded, request_id).into(),
+                };
+            }
+            Err(limited) => limited,
+        };
+        let told = status_after(&limited, request_id, limited.retry_after);
+        let Some(times) = limited.unrecorded else { return Refusal { status: told, quiet: true } };
+        let counted = counted(&limited, times);
+        match self.broker.record_stranger(source_address, request_id, "rate_limit", &counted).await {
+            Ok(()) => told.into(),
+            Err(unrecorded) => status(&unrecorded, request_id).into(),
         }
     }
 }
 
+/// The limit, as the one record says it that stands for many calls.
+fn counted(limited: &Limited, times: u64) -> BrokerError {
+    let message = format!("{limited} (turned away since this was last recorded: {times})");
+    BrokerError::Rejected { reason: limited.reason(), message }
+}
+
 /// Reads what the caller presents. A header that is there but is not a bearer token is an invalid credential, not
 /// none.
-fn presented(request: &Request<Body>) -> Result<Presented, IdentityError> {
-    let peer = request.extensions().get::<ConnectionInfo>().and_then(|connection| connection.peer);
+fn presented(request: &Request<Body>, source: &SourceAddress) -> Result<Presented, IdentityError> {
+    let connection = request.extensions().get::<ConnectionInfo>();
+    let by_connection = Presented {
+        peer: connection.and_then(|connection| connection.peer),
+        certificate: connection.and_then(|connection| connection.certificate.clone()),
+        source: source.clone(),
+        bearer: None,
+    };
     let Some(header) = request.headers().get(http::header::AUTHORIZATION) else {
-        return Ok(Presented { peer, bearer: None });
+        return Ok(by_connection);
     };
     let malformed = || IdentityError::Invalid {
         method: "token",
@@ -98,7 +255,7 @@ fn presented(request: &Request<Body>) -> Result<Presented, IdentityError> {
         return Err(malformed());
     }
     let bearer = SecretValue::text(token.to_owned()).map_err(|_| malformed())?;
-    Ok(Presented { peer, bearer: Some(bearer) })
+    Ok(Presented { bearer: Some(bearer), ..by_connection })
 }
 
 impl<S> Layer<S> for Door {
@@ -130,41 +287,34 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
         let ready = self.inner.clone();
         // The clone may not be ready; the one that was polled is.
         let mut inner = std::mem::replace(&mut self.inner, ready);
-        if request.uri().path().starts_with(OPEN) {
-            return Box::pin(inner.call(request));
-        }
-        let door = self.door.clone();
+        let door = Arc::clone(&self.door.inner);
         Box::pin(async move {
-            let request_id: Arc<str> = uuid::Uuid::new_v4().to_string().into();
-            let deadline = match deadline(&request, door.longest) {
-                Ok(deadline) => deadline,
-                Err(error) => return Ok(refused(&status(&error, &request_id), &request_id)),
-            };
-            let presented = presented(&request);
             let connection = request.extensions().get::<ConnectionInfo>();
             let source = connection.map_or(SourceAddress::Internal, |connection| connection.source.clone());
-            let served = async {
-                match door.caller(presented, source, Arc::clone(&request_id)).await {
-                    Ok(caller) => {
-                        request.extensions_mut().insert(caller);
-                        inner.call(request).await
-                    }
-                    Err(error) => Ok(refused(&error, &request_id)),
-                }
+            let account = door.accounts.open(&request, &source);
+            let mut response = match request.uri().path().starts_with(OPEN) {
+                true => inner.call(request).await?,
+                false => door.answer(inner, request, source, &account.request_id).await?,
             };
-            match tokio::time::timeout(deadline, served).await {
-                Ok(Ok(response)) if too_large(&response) => {
-                    Ok(refused(&status(&oversized(), &request_id), &request_id))
-                }
-                Ok(response) => response.map(|response| named(response, &request_id)),
-                Err(_) => Ok(refused(&status(&late(), &request_id), &request_id)),
+            if let Ok(value) = HeaderValue::from_str(&account.request_id) {
+                response.headers_mut().insert(REQUEST_ID, value);
             }
+            account.close(&response);
+            Ok(response)
         })
     }
+}
+
+fn refused(refusal: Refusal) -> Response<Body> {
+    let mut response = refusal.status.into_http();
+    if refusal.quiet {
+        account::hush(&mut response);
+    }
+    response
 }
 
 /// How long the call may take: what its `grpc-timeout` says (gRPC over HTTP/2, "Requests"), at most `longest`. A
@@ -216,21 +366,9 @@ fn oversized() -> BrokerError {
     BrokerError::Rejected { reason: Reason::LimitExceeded, message }
 }
 
-fn refused(status: &Status, request_id: &str) -> Response<Body> {
-    named(status.clone().into_http(), request_id)
-}
-
-fn named(mut response: Response<Body>, request_id: &str) -> Response<Body> {
-    if let Ok(value) = HeaderValue::from_str(request_id) {
-        response.headers_mut().insert("x-request-id", value);
-    }
-    response
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::Reasoned as _;
 
     #[test]
     fn timeouts_follow_the_protocol() {
@@ -251,5 +389,15 @@ mod tests {
         assert_eq!(deadline(&request("0S"), longest).unwrap_err().reason(), Reason::DeadlineExceeded);
         assert_eq!(deadline(&request("x"), longest).unwrap_err().reason(), Reason::InvalidArgument);
         assert!(deadline(&request("1S"), longest).unwrap() < Duration::from_secs(1));
+    }
+
+    #[test]
+    fn every_method_is_known_by_its_path() {
+        let methods = methods();
+        for path in ["/claviger.v1.SecretService/GetSecret", "/grpc.health.v1.Health/Check"] {
+            assert!(methods.iter().any(|known| known == path), "{path}: {methods:?}");
+        }
+        assert!(services().iter().any(|service| service == "claviger.v1.SecretService"));
+        assert!(!services().iter().any(|service| service.starts_with("grpc.")));
     }
 }

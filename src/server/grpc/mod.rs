@@ -5,13 +5,18 @@
 //!                                                              errors ─▶ status.rs
 //! ```
 
+mod account;
 mod audit;
+mod caches;
 mod convert;
 mod door;
+mod health;
+mod keys;
 mod policies;
 mod secrets;
 mod status;
 mod tokens;
+mod watches;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,17 +26,19 @@ use tonic::Status;
 use tonic::transport::server::Router;
 use tower::layer::util::{Identity, Stack};
 
-use super::{Limits, ServerError};
-use crate::broker::{Broker, BrokerError};
+use super::{House, ServerError};
+use crate::broker::BrokerError;
 use crate::error::Reason;
 use crate::proto::{FILE_DESCRIPTOR_SET, v1};
 
 use v1::audit_service_server::AuditServiceServer;
+use v1::cache_service_server::CacheServiceServer;
+use v1::key_service_server::KeyServiceServer;
 use v1::policy_service_server::PolicyServiceServer;
 use v1::secret_service_server::SecretServiceServer;
 use v1::token_service_server::TokenServiceServer;
 
-pub use door::Door;
+pub use door::{Door, methods};
 
 /// Changes run to their end, with their second audit record, whether or not the caller still waits. This counts
 /// them, so that a shutdown can wait for the last one before the log is closed.
@@ -66,73 +73,51 @@ impl Changes {
 }
 
 /// The services behind one door.
-pub(super) async fn router(
-    broker: &Arc<Broker>,
-    door: &Door,
+pub(super) fn router(
+    house: &House,
     changes: &Changes,
-    limits: Limits,
     shutdown: watch::Receiver<bool>,
 ) -> Result<Router<Stack<Door, Identity>>, ServerError> {
-    let secrets = secrets::Secrets::new(Arc::clone(broker), changes.clone());
+    let broker = &house.broker;
+    let secrets = secrets::Secrets::new(Arc::clone(broker), changes.clone(), shutdown.clone());
     let tokens = tokens::TokenAdministration::new(Arc::clone(broker), changes.clone());
     let policies = policies::PolicyQuestions::new(Arc::clone(broker), changes.clone());
-    let audit = audit::AuditReading::new(Arc::clone(broker), shutdown.clone());
-    let (health, health_service) = tonic_health::server::health_reporter();
-    tokio::spawn(watch_health(health, Arc::clone(broker), shutdown));
+    let keys = keys::KeyAdministration::new(Arc::clone(broker), changes.clone(), shutdown.clone());
+    let caches = caches::CacheAdministration::new(Arc::clone(broker), changes.clone());
+    let audit = audit::AuditReading::new(Arc::clone(broker), shutdown);
+    let health = health::service(Arc::clone(&house.health), door::services());
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .build_v1()?;
-    let bytes = limits.message_bytes;
+    let (bytes, streams) = (house.limits.message_bytes, house.limits.streams);
     Ok(tonic::transport::Server::builder()
-        .max_concurrent_streams(limits.streams)
-        .concurrency_limit_per_connection(usize::try_from(limits.streams).unwrap_or(usize::MAX))
-        .http2_keepalive_interval(Some(Duration::from_secs(30)))
-        .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+        .max_concurrent_streams(streams)
+        .concurrency_limit_per_connection(usize::try_from(streams).unwrap_or(usize::MAX))
+        .http2_keepalive_interval(Some(KEEPALIVE_EVERY))
+        .http2_keepalive_timeout(Some(KEEPALIVE_WITHIN))
         .http2_max_header_list_size(16 * 1024)
-        .layer(door.clone())
+        .http2_max_pending_accept_reset_streams(Some(MOST_RESETS))
+        .http2_max_local_error_reset_streams(Some(MOST_ERRORS))
+        .max_frame_size(16 * 1024)
+        .layer(Door::new(house))
         .add_service(SecretServiceServer::new(secrets).max_decoding_message_size(bytes))
         .add_service(PolicyServiceServer::new(policies).max_decoding_message_size(bytes))
         .add_service(AuditServiceServer::new(audit).max_decoding_message_size(bytes))
         .add_service(TokenServiceServer::new(tokens).max_decoding_message_size(bytes))
-        .add_service(health_service)
+        .add_service(KeyServiceServer::new(keys).max_decoding_message_size(bytes))
+        .add_service(CacheServiceServer::new(caches).max_decoding_message_size(bytes))
+        .add_service(health)
         .add_service(reflection))
 }
 
-/// The services whose health is told; the empty name is the broker as a whole. None serves without the audit log.
-const SERVICES: [&str; 5] = [
-    "",
-    "claviger.v1.SecretService",
-    "claviger.v1.PolicyService",
-    "claviger.v1.AuditService",
-    "claviger.v1.TokenService",
-];
-
-/// Says NOT_SERVING while the audit log can't be written, and once the broker was told to stop.
-async fn watch_health(
-    health: tonic_health::server::HealthReporter,
-    broker: Arc<Broker>,
-    mut shutdown: watch::Receiver<bool>,
-) {
-    let mut tick = tokio::time::interval(Duration::from_secs(1));
-    loop {
-        let stopping = tokio::select! {
-            _ = tick.tick() => false,
-            _ = shutdown.wait_for(|stop| *stop) => true,
-        };
-        let serving = !stopping && broker.log().health().is_ok();
-        let status = match serving {
-            true => tonic_health::ServingStatus::Serving,
-            false => tonic_health::ServingStatus::NotServing,
-        };
-        for service in SERVICES {
-            health.set_service_status(service, status).await;
-        }
-        if stopping {
-            return;
-        }
-    }
-}
+/// A connection whose other end is gone is found within the sum of these, whether or not a call is under way.
+const KEEPALIVE_EVERY: Duration = Duration::from_secs(20);
+const KEEPALIVE_WITHIN: Duration = Duration::from_secs(10);
+/// How many streams a caller may open and reset before they were looked at (CVE-2023-44487), and how many this side may
+/// have to reset for the caller's errors; one more ends the connection.
+const MOST_RESETS: usize = 20;
+const MOST_ERRORS: usize = 1_024;
 
 /// A parse error, as the door's own kind of error.
 fn rejected(error: &impl crate::error::Reasoned) -> BrokerError {

@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
+use tokio::sync::watch;
 use tonic::{Request, Response, Status};
 
 use super::door::Caller;
 use super::status::{problem, status};
-use super::{Changes, convert, missing_caller};
+use super::{Changes, convert, missing_caller, watches};
 use crate::broker::{BatchRequest, Broker, BrokerError, Call, MAX_BATCH};
 use crate::proto::v1::{self, batch_get_secrets_result, secret_service_server::SecretService};
 use crate::secret::LabelMove;
@@ -16,11 +17,12 @@ use crate::store::{ListRequest, Put, RecoveryWindow};
 pub(super) struct Secrets {
     broker: Arc<Broker>,
     changes: Changes,
+    shutdown: watch::Receiver<bool>,
 }
 
 impl Secrets {
-    pub(super) const fn new(broker: Arc<Broker>, changes: Changes) -> Self {
-        Self { broker, changes }
+    pub(super) const fn new(broker: Arc<Broker>, changes: Changes, shutdown: watch::Receiver<bool>) -> Self {
+        Self { broker, changes, shutdown }
     }
 
     /// Runs one request: a message that makes no sense is on record like anything else, and every error becomes a
@@ -314,6 +316,29 @@ impl SecretService for Secrets {
             }))
         })
         .await
+    }
+
+    type WatchSecretsStream = watches::Watch;
+
+    async fn watch_secrets(
+        &self,
+        request: Request<v1::WatchSecretsRequest>,
+    ) -> Result<Response<watches::Watch>, Status> {
+        watches::watch_secrets(&self.broker, self.shutdown.clone(), request).await
+    }
+
+    async fn report_version_in_use(
+        &self,
+        request: Request<v1::ReportVersionInUseRequest>,
+    ) -> Result<Response<v1::ReportVersionInUseResponse>, Status> {
+        watches::report_version_in_use(&self.broker, &self.changes, request).await
+    }
+
+    async fn list_consumers(
+        &self,
+        request: Request<v1::ListConsumersRequest>,
+    ) -> Result<Response<v1::ListConsumersResponse>, Status> {
+        watches::list_consumers(&self.broker, request).await
     }
 }
 

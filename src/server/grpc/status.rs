@@ -1,6 +1,7 @@
 //! The only file that picks gRPC codes and messages (`google.rpc.Status` with `google.rpc.ErrorInfo`, AIP-193).
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
@@ -16,6 +17,14 @@ const DOMAIN: &str = "claviger";
 pub(super) fn status(error: &impl Reasoned, request_id: &str) -> Status {
     let metadata = HashMap::from([("request_id".to_owned(), request_id.to_owned())]);
     let details = ErrorDetails::with_error_info(error.reason().code(), DOMAIN, metadata);
+    Status::with_error_details(code(error.reason()), error.to_string(), details)
+}
+
+/// The same for a call that is worth another try, but not before `retry_after` (`google.rpc.RetryInfo`).
+pub(super) fn status_after(error: &impl Reasoned, request_id: &str, retry_after: Duration) -> Status {
+    let metadata = HashMap::from([("request_id".to_owned(), request_id.to_owned())]);
+    let mut details = ErrorDetails::with_error_info(error.reason().code(), DOMAIN, metadata);
+    details.set_retry_info(Some(retry_after));
     Status::with_error_details(code(error.reason()), error.to_string(), details)
 }
 
@@ -36,6 +45,7 @@ const fn code(reason: Reason) -> Code {
         | Reason::InvalidValue
         | Reason::InvalidArgument
         | Reason::InvalidKey
+        | Reason::InvalidCertificate
         | Reason::InvalidPolicy
         | Reason::InvalidConfig
         | Reason::ValueEmpty
@@ -55,7 +65,7 @@ const fn code(reason: Reason) -> Code {
         | Reason::Locked => Code::FailedPrecondition,
         Reason::Conflict => Code::Aborted,
         Reason::TokenReused => Code::AlreadyExists,
-        Reason::LimitExceeded => Code::ResourceExhausted,
+        Reason::LimitExceeded | Reason::RateLimited | Reason::SlowConsumer => Code::ResourceExhausted,
         Reason::DeadlineExceeded => Code::DeadlineExceeded,
         Reason::StoreUnavailable
         | Reason::StoreThrottled

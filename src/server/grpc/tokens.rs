@@ -7,9 +7,9 @@ use tonic::{Request, Response, Status};
 use super::policies::principal_kind;
 use super::secrets::{Said, answer};
 use super::{Changes, convert};
-use crate::broker::Broker;
+use crate::broker::{Broker, BrokerError};
 use crate::identity::PrincipalKind;
-use crate::identity::token::{TokenRecord, TokenRequest};
+use crate::identity::token::{Shown, SourceRange, TokenRequest};
 use crate::proto::v1::{self, token_service_server::TokenService};
 
 const MAX_PAGE: usize = 1_000;
@@ -45,13 +45,24 @@ impl TokenService for TokenAdministration {
                     groups: subject.groups.into_iter().collect(),
                     claims: subject.claims.into_iter().collect(),
                     expires_in: convert::span("expires_in", q.expires_in)?,
+                    environments: q
+                        .environments
+                        .iter()
+                        .map(|name| convert::environment(name))
+                        .collect::<Result<_, _>>()?,
+                    source_addresses: q
+                        .source_addresses
+                        .iter()
+                        .map(|text| source_range(text))
+                        .collect::<Result<_, _>>()?,
                     created_by: call.principal.to_string(),
                 };
                 let broker = Arc::clone(&self.broker);
                 Ok(self.changes.run(async move {
                     let (record, secret) = broker.create_token(&call, token).await?;
                     let secret = secret.expose_text().unwrap_or_default().to_owned();
-                    Ok(v1::CreateTokenResponse { token: Some(described(record)), secret })
+                    let token = described(Shown { record, last_used: None });
+                    Ok(v1::CreateTokenResponse { token: Some(token), secret })
                 }))
             },
         )
@@ -74,16 +85,16 @@ impl TokenService for TokenAdministration {
                     _ => return Err(convert::invalid("page_size: must be 1 to 1000, or 0 for 1000")),
                 };
                 Ok(async move {
-                    let mut records = self.broker.list_tokens(&call).await?;
-                    records.retain(|record| record.id.as_str() > q.page_token.as_str());
-                    let more = records.len() > limit;
-                    records.truncate(limit);
-                    let next_page_token = match records.last() {
-                        Some(last) if more => last.id.clone(),
+                    let mut tokens = self.broker.list_tokens(&call).await?;
+                    tokens.retain(|token| token.record.id.as_str() > q.page_token.as_str());
+                    let more = tokens.len() > limit;
+                    tokens.truncate(limit);
+                    let next_page_token = match tokens.last() {
+                        Some(last) if more => last.record.id.clone(),
                         _ => String::new(),
                     };
                     Ok(v1::ListTokensResponse {
-                        tokens: records.into_iter().map(described).collect(),
+                        tokens: tokens.into_iter().map(described).collect(),
                         next_page_token,
                     })
                 })
@@ -113,7 +124,11 @@ impl TokenService for TokenAdministration {
     }
 }
 
-fn described(record: TokenRecord) -> v1::Token {
+fn source_range(text: &str) -> Result<SourceRange, BrokerError> {
+    SourceRange::parse(text).map_err(|problem| convert::invalid(format!("source_addresses: {problem}")))
+}
+
+fn described(Shown { record, last_used }: Shown) -> v1::Token {
     let kind = match record.kind {
         PrincipalKind::User => v1::PrincipalKind::User,
         PrincipalKind::Workload => v1::PrincipalKind::Workload,
@@ -130,5 +145,9 @@ fn described(record: TokenRecord) -> v1::Token {
         expires_at: Some(convert::timestamp(record.expires_at)),
         revoked_at: record.revoked_at.map(convert::timestamp),
         created_by: record.created_by,
+        environments: record.environments.iter().map(ToString::to_string).collect(),
+        source_addresses: record.source_addresses.iter().map(ToString::to_string).collect(),
+        last_used_at: last_used.as_ref().map(|used| convert::timestamp(used.at)),
+        last_used_from: last_used.map(|used| used.from).unwrap_or_default(),
     }
 }

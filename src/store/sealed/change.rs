@@ -86,8 +86,15 @@ struct Change<'a> {
     next: Option<&'a SecretRecord>,
     /// The versions whose values go.
     dropped: Vec<VersionId>,
-    /// The write of the last version's value, where that is new.
-    value: Option<Write>,
+    /// The last version's value, where that is new.
+    value: Option<NewValue>,
+}
+
+/// A new value on its way into the store.
+struct NewValue {
+    write: Write,
+    /// That the root key which it is under is still the one in force (see rewrap.rs).
+    under: Compare,
 }
 
 impl Sealed {
@@ -109,7 +116,7 @@ impl Sealed {
                 });
             };
             next.generation = before.root.generation + 1;
-            let value = self.sealed(id, &mut next, request.value())?;
+            let value = self.sealed(id, &mut next, request.value()).await?;
             let change = Change { next: Some(&next), dropped: plan.dropped, value };
             if let Some(revision) = self.commit(id, &before, change).await? {
                 return Ok(Done { record: next, superseded, revision, changed: true });
@@ -172,7 +179,8 @@ impl Sealed {
         plan.map(Some)
     }
 
-    /// Commits a change of a record together with its environment's root; `None` where either is no longer as read.
+    /// Commits a change of a record together with its environment's root; `None` where either is no longer as read, or
+    /// a new value is under a root key that is no longer in force.
     async fn commit(
         &self,
         id: &SecretId,
@@ -182,7 +190,8 @@ impl Sealed {
         let (record_key, root_key) = (keys::record(id), keys::root(&id.environment));
         let mut write: Vec<Write> =
             change.dropped.iter().map(|version| Write::delete(keys::value(id, version))).collect();
-        write.extend(change.value);
+        let (value, under) = change.value.map(|value| (value.write, value.under)).unzip();
+        write.extend(value);
         let mac = match change.next {
             None => {
                 write.push(Write::delete(record_key.clone()));
@@ -201,10 +210,11 @@ impl Sealed {
             .encode(&self.meta.integrity, &id.environment)
             .map_err(|error| no_random_bytes(&id.environment, &error))?;
         write.push(Write::put(root_key.clone(), stored));
-        let compare = vec![
+        let mut compare = vec![
             Compare::ModRevision(record_key, before.stored.as_ref().map_or(0, |stored| stored.revision)),
             Compare::ModRevision(root_key, before.root_revision),
         ];
+        compare.extend(under);
         let outcome =
             self.kv.commit(Transaction { compare, write }).await.map_err(unavailable(&id.environment))?;
         if !outcome.succeeded {
@@ -214,20 +224,21 @@ impl Sealed {
         Ok(Some(outcome.revision))
     }
 
-    /// The write of a new version's value; the new version is the last of `record`, and gets the value's tag.
-    fn sealed(
+    /// A new version's value, under the root key in force; the new version is the last of `record`, and gets the value's
+    /// tag.
+    async fn sealed(
         &self,
         id: &SecretId,
         record: &mut SecretRecord,
         value: Option<&SecretValue>,
-    ) -> Result<Option<Write>, StoreError> {
+    ) -> Result<Option<NewValue>, StoreError> {
         let Some((version, value)) = record.versions.last_mut().zip(value) else { return Ok(None) };
-        let sealed = self
-            .root_key
+        let (root_key, under) = self.in_force(unavailable(&id.environment)).await?;
+        let sealed = root_key
             .seal(&self.slot(id, version), value)
             .map_err(|error| refused(id, &version.id, &error))?;
         version.tag =
             ValueTag::of(&sealed).ok_or_else(|| refused(id, &version.id, &CryptoError::Malformed))?;
-        Ok(Some(Write::put(keys::value(id, &version.id), sealed)))
+        Ok(Some(NewValue { write: Write::put(keys::value(id, &version.id), sealed), under }))
     }
 }

@@ -19,6 +19,9 @@ pub(super) const META: &[u8] = b"sealed/meta";
 /// What the keys of all environments' roots start with.
 pub(super) const ROOTS: &[u8] = b"sealed/r/";
 
+/// What the keys of all values start with.
+pub(super) const VALUES: &[u8] = b"sealed/v/";
+
 /// The key of an environment's root.
 pub(super) fn root(environment: &EnvironmentName) -> Vec<u8> {
     [ROOTS, environment.as_str().as_bytes()].concat()
@@ -50,6 +53,34 @@ pub(super) fn secret(environment: &EnvironmentName, key: &[u8]) -> Option<Secret
     let name = key.strip_prefix(records(environment).as_slice())?;
     let name = SecretName::parse(std::str::from_utf8(name).ok()?).ok()?;
     Some(SecretId::new(environment.clone(), name))
+}
+
+/// The secret and the version whose value has this key; `None` where the key is not one that [`value`] makes.
+pub(super) fn version(key: &[u8]) -> Option<(SecretId, VersionId)> {
+    let text = std::str::from_utf8(key.strip_prefix(VALUES)?).ok()?;
+    let (place, version) = text.split_once('\0')?;
+    let (environment, name) = place.split_once('/')?;
+    Some((SecretId::parse(environment, name).ok()?, VersionId::parse(version).ok()?))
+}
+
+/// Where a watcher of the key-value layer finds an environment's changes.
+///
+/// INVARIANT: a transaction that changes a record changes no other record of the environment, and changes its root.
+impl super::Sealed {
+    /// What the keys of the environment's records start with.
+    pub(crate) fn watched_prefix(environment: &EnvironmentName) -> Vec<u8> {
+        records(environment)
+    }
+
+    /// The key that changes with every record of the environment.
+    pub(crate) fn watched_mark(environment: &EnvironmentName) -> Vec<u8> {
+        root(environment)
+    }
+
+    /// The secret whose record has this key.
+    pub(crate) fn watched_secret(environment: &EnvironmentName, key: &[u8]) -> Option<SecretId> {
+        secret(environment, key)
+    }
 }
 
 #[cfg(test)]
@@ -93,6 +124,18 @@ mod tests {
         assert_eq!(environment(&root(&name)), Some(name));
         for other in [b"sealed/r/".as_slice(), b"sealed/r/a/b", b"sealed/r/\xff", b"sealed/s/a", META] {
             assert_eq!(environment(other), None, "{other:?}");
+        }
+    }
+
+    #[test]
+    fn a_values_key_names_its_version() {
+        let (id, one) = (SecretId::parse("pr-1", "a/b").unwrap(), VersionId::parse(&"1".repeat(32)).unwrap());
+        assert!(value(&id, &one).starts_with(VALUES));
+        assert_eq!(version(&value(&id, &one)), Some((id, one)));
+        for other in
+            [&b"sealed/v/pr-1/a"[..], b"sealed/v/pr-1\0x", b"sealed/v/a/b\0x", b"sealed/v/\xff", META]
+        {
+            assert_eq!(version(other), None, "{other:?}");
         }
     }
 }

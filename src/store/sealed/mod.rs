@@ -15,6 +15,7 @@
 //! | `root` | what an environment's records add up to |
 //! | `rules` | what a request makes of a secret |
 //! | `change` | how that is committed |
+//! | `rewrap` | how everything goes from one root key to the next |
 //! | `verify` | whether an environment's records add up |
 //! | `progress` | how far the store has come |
 //!
@@ -31,6 +32,7 @@ mod keys;
 mod meta;
 mod progress;
 mod record;
+mod rewrap;
 mod root;
 mod rules;
 #[cfg(test)]
@@ -56,9 +58,11 @@ use super::{
     Store, StoreError, Written,
 };
 use crate::clock::SharedClock;
-use crate::crypto::{CryptoError, Mac, RootKey, Slot};
+use crate::crypto::{CryptoError, KeyRing, Mac, Slot};
 use crate::kv::{Compare, Entry, Kv, KvError, Revision, Transaction, Write};
 use crate::secret::{EnvironmentName, LabelMove, SecretId, SecretName, SecretValue, Selector, VersionId};
+
+pub use rewrap::Rewrapped;
 
 /// How often a lost race is run again before the caller is told to.
 const ATTEMPTS: usize = 16;
@@ -71,7 +75,7 @@ const DAY: Duration = Duration::from_secs(86_400);
 /// Envelope-encrypted secrets in a key-value store.
 pub struct Sealed {
     kv: Arc<dyn Kv>,
-    root_key: Arc<RootKey>,
+    root_keys: Arc<KeyRing>,
     clock: SharedClock,
     meta: Meta,
     /// One change at a time within this process, which spares it most lost races. Correctness is the transactions'.
@@ -84,20 +88,20 @@ impl Sealed {
     /// Opens the store in `kv`; makes it where there is none.
     ///
     /// # Errors
-    /// [`StoreError::WrongKey`] where it was made under another root key; [`StoreError::Tampered`] where its own
-    /// record is missing or was changed, or an environment's root was changed; [`StoreError::NotOpened`].
+    /// [`StoreError::WrongKey`] where it is under a root key that is not in the ring; [`StoreError::Tampered`] where
+    /// its own record is missing or was changed, or an environment's root was changed; [`StoreError::NotOpened`].
     pub async fn open(
         kv: Arc<dyn Kv>,
-        root_key: Arc<RootKey>,
+        root_keys: Arc<KeyRing>,
         clock: SharedClock,
     ) -> Result<Self, StoreError> {
         let meta = match kv.get(keys::META).await.map_err(not_opened)? {
-            Some(entry) => open_meta(&root_key, &entry)?,
-            None => create_meta(kv.as_ref(), &root_key).await?,
+            Some(entry) => open_meta(&root_keys, &entry)?,
+            None => create_meta(kv.as_ref(), &root_keys).await?,
         };
         let progress = Progress::read(kv.as_ref(), &meta.integrity).await?;
         let (writer, verified) = (Mutex::default(), Verified::default());
-        Ok(Self { kv, root_key, clock, meta, writer, verified, progress })
+        Ok(Self { kv, root_keys, clock, meta, writer, verified, progress })
     }
 
     /// How many changes the store holds: the sum of the generations of all environments' roots, from roots whose MACs
@@ -177,7 +181,7 @@ impl Sealed {
         let entry = self.kv.get(&keys::value(id, &version.id)).await.map_err(unavailable(&id.environment))?;
         let opened = match entry {
             Some(entry) if ValueTag::of(&entry.value) == Some(version.tag) => {
-                self.root_key.open(&self.slot(id, version), &entry.value)
+                self.root_keys.open(&self.slot(id, version), &entry.value)
             }
             Some(_) | None => Err(CryptoError::Tampered),
         };
@@ -316,15 +320,12 @@ impl Store for Sealed {
     }
 }
 
-fn open_meta(root_key: &RootKey, entry: &Entry) -> Result<Meta, StoreError> {
-    Meta::open(root_key, &entry.value).map_err(|error| match error {
-        CryptoError::WrongKey { .. } => StoreError::WrongKey(format!("sealed store: {error}")),
-        _ => tampered(STORES_OWN.to_owned()),
-    })
+fn open_meta(root_keys: &KeyRing, entry: &Entry) -> Result<Meta, StoreError> {
+    Meta::open(root_keys, &entry.value).map_err(|error| not_its_own(&error))
 }
 
-async fn create_meta(kv: &dyn Kv, root_key: &RootKey) -> Result<Meta, StoreError> {
-    let (meta, stored) = Meta::create(root_key).map_err(not_opened)?;
+async fn create_meta(kv: &dyn Kv, root_keys: &KeyRing) -> Result<Meta, StoreError> {
+    let (meta, stored) = Meta::create(root_keys).map_err(not_opened)?;
     // A new integrity key would make what is there unreadable for good.
     let there = kv.range(keys::ALL, &[], 1).await.map_err(not_opened)?;
     if there.entries.is_empty() {
@@ -336,7 +337,7 @@ async fn create_meta(kv: &dyn Kv, root_key: &RootKey) -> Result<Meta, StoreError
     }
     // Another broker may have made the store meanwhile.
     match kv.get(keys::META).await.map_err(not_opened)? {
-        Some(entry) => open_meta(root_key, &entry),
+        Some(entry) => open_meta(root_keys, &entry),
         None => Err(tampered(format!("{STORES_OWN} which is missing,"))),
     }
 }
@@ -367,6 +368,15 @@ fn root_of(environment: &EnvironmentName) -> String {
 
 fn tampered(what: String) -> StoreError {
     StoreError::Tampered { what }
+}
+
+/// Why the store's own record can't be used.
+fn not_its_own(error: &CryptoError) -> StoreError {
+    match error {
+        CryptoError::WrongKey { .. } => StoreError::WrongKey(format!("sealed store: {error}")),
+        CryptoError::Random => not_opened(error),
+        _ => tampered(STORES_OWN.to_owned()),
+    }
 }
 
 fn unavailable(environment: &EnvironmentName) -> impl FnOnce(KvError) -> StoreError {

@@ -2,10 +2,12 @@
 
 use super::*;
 use crate::clock::{Clock, ManualClock};
+use crate::crypto::{RootKey, RootKeyId};
 use crate::error::{Reason, Reasoned};
 use crate::kv::embedded::Embedded;
 use crate::secret::{ContentType, Label};
 use futures_util::future::join_all;
+use std::collections::HashMap;
 
 /// A key-value file, and what a broker needs to open the store in it, as often as it likes.
 struct Machine {
@@ -29,8 +31,11 @@ impl Machine {
     }
 
     async fn start_with(&self, key: u8) -> Result<Sealed, StoreError> {
-        let root_key = Arc::new(RootKey::from_bytes(&[key; 32]).unwrap());
-        Sealed::open(Arc::clone(&self.kv), root_key, self.clock.clone()).await
+        self.start_with_ring(KeyRing::of(root_key(key))).await
+    }
+
+    async fn start_with_ring(&self, ring: KeyRing) -> Result<Sealed, StoreError> {
+        Sealed::open(Arc::clone(&self.kv), Arc::new(ring), self.clock.clone()).await
     }
 
     fn pass(&self, days: u64) {
@@ -68,6 +73,10 @@ impl Machine {
         self.overwrite(one, Some(&second)).await;
         self.overwrite(other, Some(&first)).await;
     }
+}
+
+fn root_key(key: u8) -> RootKey {
+    RootKey::from_bytes(&[key; 32]).unwrap()
 }
 
 fn id(environment: &str, name: &str) -> SecretId {
@@ -767,7 +776,7 @@ async fn another_root_key_is_called_the_wrong_one_and_changes_nothing() {
     let before = machine.everything().await;
     let error = machine.start_with(2).await.unwrap_err();
     assert_eq!(error.reason(), Reason::WrongKey);
-    let id = |key| RootKey::from_bytes(&[key; 32]).unwrap().id();
+    let id = |key| root_key(key).id();
     let expected = format!("sealed under {}, the key given is {}", id(1), id(2));
     assert!(error.to_string().contains(&expected), "{error}");
     assert!(machine.everything().await == before);
@@ -845,4 +854,182 @@ async fn records_add_up_after_any_sequence_of_changes() {
 async fn a_ping_asks_the_layer_below() {
     let machine = Machine::new().await;
     machine.start().await.ping(&environment("production")).await.unwrap();
+}
+
+/// A store with more values than fit a page, of both kinds, in two environments.
+async fn laden(machine: &Machine) -> (Sealed, Vec<SecretId>) {
+    let store = machine.start().await;
+    let ids: Vec<_> = (0..75)
+        .map(|number| id(["staging", "production"][number % 2], &format!("team/secret-{number}")))
+        .collect();
+    for (number, id) in ids.iter().enumerate() {
+        store.put(id, request(number, &format!("value {number}"))).await.unwrap();
+    }
+    let binary = SecretValue::binary(vec![0xff; 40]).unwrap();
+    store.put(&ids[0], Put { value: binary, ..request(1_000, "") }).await.unwrap();
+    store.put(&ids[1], request(1_001, "newer")).await.unwrap();
+    (store, ids)
+}
+
+/// The values of all versions, in a fixed order.
+async fn values(store: &Sealed, ids: &[SecretId]) -> Vec<Vec<u8>> {
+    let mut values = Vec::new();
+    for id in ids {
+        for version in store.describe(id).await.unwrap().versions {
+            let selector = Selector::Version(version.id);
+            let fetched = store.get(id, &selector, Freshness::Cached).await.unwrap();
+            values.push(fetched.value.expose().to_vec());
+        }
+    }
+    values
+}
+
+async fn rewrap(store: &Sealed) -> Result<Rewrapped, StoreError> {
+    store.rewrap(&mut |_| {}).await
+}
+
+fn all_under(key: u8, count: u64) -> HashMap<RootKeyId, u64> {
+    HashMap::from([(root_key(key).id(), count)])
+}
+
+#[tokio::test]
+async fn everything_goes_from_one_root_key_to_the_next_and_stays_what_it_was() {
+    let machine = Machine::new().await;
+    let (store, ids) = laden(&machine).await;
+    let (before, entries) = (values(&store, &ids).await, machine.everything().await);
+    let generation = store.generation();
+    assert_eq!(store.wrapped().await.unwrap(), all_under(1, 78), "77 values and the store's own key");
+
+    store.root_keys.adopt(root_key(2));
+    assert_eq!(store.root_key_in_force().await.unwrap(), root_key(1).id(), "until it is asked for");
+    let mut told = Vec::new();
+    let done = store.rewrap(&mut |so_far| told.push(so_far)).await.unwrap();
+    assert_eq!(done, Rewrapped { done: 78, changed: 78 });
+    assert_eq!(told, [Rewrapped { done: 65, changed: 65 }, done]);
+    assert_eq!(store.wrapped().await.unwrap(), all_under(2, 78));
+    assert_eq!(store.root_key_in_force().await.unwrap(), root_key(2).id());
+    assert_eq!(rewrap(&store).await.unwrap(), Rewrapped { done: 78, changed: 0 }, "nothing is left to do");
+
+    // Records and roots are as they were, byte for byte.
+    for (was, is) in entries.iter().zip(machine.everything().await) {
+        assert_eq!(was.key, is.key);
+        let wrapped = was.key.starts_with(keys::VALUES) || was.key == keys::META;
+        assert_eq!(was.value == is.value, !wrapped, "{was:?}");
+    }
+    assert_eq!((store.generation(), values(&store, &ids).await), (generation, before.clone()));
+    let store = machine.start_with(2).await.unwrap();
+    assert_eq!((store.generation(), values(&store, &ids).await), (generation, before), "the new key alone");
+    assert_eq!(machine.start_with(1).await.unwrap_err().reason(), Reason::WrongKey);
+}
+
+#[tokio::test]
+async fn a_value_that_was_on_its_way_under_the_earlier_key_is_sealed_anew() {
+    let machine = Machine::new().await;
+    let (store, _) = laden(&machine).await;
+    let (_, under_the_earlier) = store.in_force(not_opened).await.unwrap();
+    store.root_keys.adopt(root_key(2));
+    rewrap(&store).await.unwrap();
+    let late = Transaction { compare: vec![under_the_earlier], write: vec![Write::put("sealed/x", "")] };
+    assert!(!machine.kv.commit(late).await.unwrap().succeeded, "what it compares no longer holds");
+
+    store.put(&id("production", "late"), request(2_000, "late")).await.unwrap();
+    assert_eq!(store.wrapped().await.unwrap(), all_under(2, 79));
+}
+
+#[tokio::test]
+async fn writes_and_reads_go_on_while_everything_is_rewrapped() {
+    let machine = Machine::new().await;
+    let (store, ids) = laden(&machine).await;
+    store.root_keys.adopt(root_key(2));
+    let writes = async {
+        for (number, id) in ids.iter().enumerate() {
+            store.put(id, request(3_000 + number, &format!("other {number}"))).await.unwrap();
+            assert_eq!(read(&store, id).await.unwrap(), format!("other {number}"));
+            if number % 10 == 9 {
+                store.delete(id, RecoveryWindow::days(7).unwrap()).await.unwrap();
+            }
+        }
+    };
+    let again_and_again = async {
+        for _ in 0..3 {
+            rewrap(&store).await.unwrap();
+        }
+    };
+    tokio::join!(writes, again_and_again);
+    assert_eq!(store.wrapped().await.unwrap().len(), 1, "nothing is left under the earlier key");
+    let store = machine.start_with(2).await.unwrap();
+    for (number, id) in ids.iter().enumerate().filter(|(number, _)| number % 10 != 9) {
+        assert_eq!(read(&store, id).await.unwrap(), format!("other {number}"));
+    }
+}
+
+#[tokio::test]
+async fn a_rewrapping_that_was_ended_is_finished_by_the_next() {
+    let machine = Machine::new().await;
+    let (store, ids) = laden(&machine).await;
+    let before = values(&store, &ids).await;
+    store.root_keys.adopt(root_key(2));
+    // Ended after its first page.
+    let (reached, mut hear) = tokio::sync::mpsc::unbounded_channel();
+    let mut say = |so_far| reached.send(so_far).unwrap();
+    tokio::select! {
+        biased;
+        _ = hear.recv() => {}
+        _ = store.rewrap(&mut say) => panic!("there is more than a page"),
+    }
+    let left = store.wrapped().await.unwrap();
+    assert_eq!(left[&root_key(1).id()] + left[&root_key(2).id()], 78);
+    drop(store);
+
+    for alone in [1, 2] {
+        let found = machine.start_with(alone).await.map(|_| ());
+        assert_eq!(found.is_ok(), alone == 2, "the key in force opens the store");
+    }
+    let ring = KeyRing::of(root_key(2)).with(root_key(1));
+    let store = machine.start_with_ring(ring).await.unwrap();
+    assert_eq!(values(&store, &ids).await, before, "with both keys all of it is read");
+    store.put(&ids[3], request(4_000, "new")).await.unwrap();
+    let done = rewrap(&store).await.unwrap();
+    assert!(done.changed > 0 && done.changed < 78, "{done:?}");
+    assert_eq!(store.wrapped().await.unwrap(), all_under(2, 79));
+}
+
+#[tokio::test]
+async fn what_can_not_be_opened_is_named_and_does_not_stop_the_rest() {
+    let machine = Machine::new().await;
+    let (store, ids) = laden(&machine).await;
+    let key = keys::value(&ids[4], &version(4));
+    let whole = machine.stored(&key).await.unwrap();
+    store.root_keys.adopt(root_key(2));
+    let mut changed = whole.clone();
+    changed[40] ^= 1;
+    for (bytes, reason) in
+        [(&changed[..], Reason::Tampered), (&whole[..30], Reason::Tampered), (b"", Reason::Tampered)]
+    {
+        machine.overwrite(&key, Some(bytes)).await;
+        let error = rewrap(&store).await.unwrap_err();
+        assert_eq!(error.reason(), reason);
+        assert!(error.to_string().contains("team/secret-4"), "{error}");
+        assert_eq!(machine.stored(&key).await.unwrap(), bytes, "it is left as it is");
+    }
+    assert_eq!(store.wrapped().await.unwrap(), all_under(2, 77), "all but that one");
+    machine.overwrite(&key, Some(&whole)).await;
+    assert_eq!(rewrap(&store).await.unwrap().changed, 1);
+    assert_eq!(read(&machine.start_with(2).await.unwrap(), &ids[4]).await.unwrap(), "value 4");
+}
+
+#[tokio::test]
+async fn b39_a_ciphertext_that_is_cut_is_refused_at_every_length() {
+    let machine = Machine::new().await;
+    let store = machine.start().await;
+    let id = id("production", "database");
+    store.put(&id, request(1, "value")).await.unwrap();
+    let key = keys::value(&id, &version(1));
+    let whole = machine.stored(&key).await.unwrap();
+    for length in 0..whole.len() {
+        machine.overwrite(&key, Some(&whole[..length])).await;
+        assert_eq!(read(&store, &id).await, Err(Reason::Tampered), "{length} bytes");
+    }
+    machine.overwrite(&key, Some(&whole)).await;
+    assert_eq!(read(&store, &id).await.unwrap(), "value");
 }

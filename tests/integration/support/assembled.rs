@@ -9,10 +9,9 @@ use claviger::clock::{ManualClock, SharedClock};
 use claviger::config::assembly::{Running, StartError};
 use claviger::config::{Resolved, RootKeyChoice};
 use claviger::environment::{Environment, Registry};
-use claviger::identity::{Principal, PrincipalKind, Proof, SourceAddress, peer_credentials};
+use claviger::identity::{Principal, PrincipalKind, Proof, SourceAddress};
 use claviger::policy::PolicySource;
 use claviger::secret::{SecretId, SecretValue, Selector, VersionId};
-use claviger::server::Limits;
 use claviger::store::{Freshness, Put, Written};
 
 pub type BrokerResult<T> = Result<T, claviger::broker::BrokerError>;
@@ -24,18 +23,12 @@ pub fn resolved(folder: &Path) -> Resolved {
         environment.protected = name == "production";
         environment
     });
+    let root_key = RootKeyChoice::File(folder.join("root.key"));
+    let registry = Registry::new(environments).unwrap();
     Resolved {
-        directory: folder.join("data"),
-        listen: Vec::new(),
-        limits: Limits::default(),
-        root_key: RootKeyChoice::File(folder.join("root.key")),
-        policy: PolicySource::shipped(),
         instance: "test".to_owned(),
-        retention: Resolved::RETENTION,
-        peers: peer_credentials::Config::default(),
         cache_bytes: 1024 * 1024,
-        registry: Registry::new(environments).unwrap(),
-        accept_loss: false,
+        ..Resolved::new(folder.join("data"), root_key, PolicySource::shipped(), registry)
     }
 }
 

@@ -1,6 +1,7 @@
 //! What several tests stand on: the real binary, the real servers beside it, and a bare gRPC connection.
 
 pub mod assembled;
+pub mod certificates;
 pub mod moto;
 pub mod program;
 

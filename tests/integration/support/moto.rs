@@ -88,7 +88,7 @@ impl Moto {
 }
 
 /// `$CLAVIGER_TEST_PYTHON`, or that of the virtual environment that `tests/run` makes.
-fn python() -> PathBuf {
+pub fn python() -> PathBuf {
     if let Some(python) = std::env::var_os("CLAVIGER_TEST_PYTHON") {
         return python.into();
     }

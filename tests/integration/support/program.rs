@@ -158,3 +158,88 @@ pub fn with_input(mut command: Command, input: &[u8]) -> Output {
     child.stdin.take().expect("a pipe").write_all(input).expect("it reads its input");
     child.wait_with_output().expect("it ends")
 }
+
+/// A broker as `claviger serve` runs it, on the embedded store: root is an administrator, policies lie in a folder, and
+/// the HTTP door is open.
+pub struct Served {
+    /// The broker.
+    pub program: Program,
+    /// `http://127.0.0.1:PORT` of the HTTP door.
+    pub admin: String,
+    /// The policies.
+    pub policies: PathBuf,
+}
+
+impl Served {
+    /// Starts one below `folder`.
+    pub fn start(folder: &Path) -> Self {
+        Self::with(folder, "", "")
+    }
+
+    /// The same, with more keys in `[listen]`, and more tables.
+    pub fn with(folder: &Path, listen: &str, tables: &str) -> Self {
+        let (config, policies) = Self::configure(folder, listen, tables);
+        let program = Program::serve(&config, &folder.join("broker.sock"), &[]);
+        program.wait_for_log("probes and metrics on ");
+        let log = program.log();
+        let admin = log.lines().find_map(|line| line.split_once("probes and metrics on ")).unwrap().1;
+        let admin = admin.trim().to_owned();
+        Self { program, admin, policies }
+    }
+
+    /// Writes the configuration and the policies.
+    pub fn configure(folder: &Path, listen: &str, tables: &str) -> (PathBuf, PathBuf) {
+        let policies = folder.join("policies");
+        std::fs::create_dir_all(&policies).unwrap();
+        for (file, text) in claviger::policy::SHIPPED {
+            std::fs::write(policies.join(file), text).unwrap();
+        }
+        let uid = rustix::process::getuid().as_raw();
+        let place = folder.display();
+        let text = format!(
+            r#"
+[listen]
+unix = "{place}/broker.sock"
+admin = "127.0.0.1:0"
+{listen}
+[kv]
+directory = "{place}/data"
+[root_key]
+file = "{place}/root.key"
+[policy]
+directory = "{place}/policies"
+[[identity.peer_credentials.callers]]
+uid = {uid}
+kind = "user"
+id = "tester"
+groups = ["administrators", "team"]
+[environments.development]
+[environments.production]
+protected = true
+{tables}
+"#
+        );
+        let config = folder.join("broker.toml");
+        std::fs::write(&config, text).unwrap();
+        (config, policies)
+    }
+
+    /// What the HTTP door answers to a GET: the status and the body.
+    pub async fn http(&self, path: &str) -> (u16, String) {
+        http_get(&self.admin, path).await
+    }
+}
+
+/// A GET over HTTP/1.1, in as few words as it takes.
+pub async fn http_get(address: &str, path: &str) -> (u16, String) {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let host = address.strip_prefix("http://").expect("an http address");
+    let mut stream = tokio::net::TcpStream::connect(host).await.expect("the door is open");
+    let request = format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.expect("it listens");
+    let mut answer = String::new();
+    tokio::time::timeout(HUNG, stream.read_to_string(&mut answer)).await.expect("it answers").expect("text");
+    let (head, body) = answer.split_once("\r\n\r\n").expect("a head and a body");
+    let status = head.split_whitespace().nth(1).and_then(|code| code.parse().ok()).expect("a status");
+    (status, body.to_owned())
+}

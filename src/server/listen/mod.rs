@@ -1,0 +1,381 @@
+//! Listeners: a Unix socket, TCP on loopback, TLS anywhere. All give connections of one type, counted against one
+//! bound, and against another for each caller.
+//!
+//! ```text
+//! accept ─▶ a place? ── no ─▶ closed at once, counted
+//!              │ yes
+//!              ├─ Unix, TCP ─────────────────────────────▶ Connection ─▶ HTTP/2 within 10 s
+//!              └─ TLS ─▶ handshake, beside others, within 5 s ─▶ ┘
+//! ```
+
+mod connection;
+mod places;
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::Stream;
+use tokio::net::{TcpListener, UnixListener, UnixStream};
+use tokio::task::{JoinError, JoinSet};
+
+use super::ServerError;
+use super::tls::{Secured, Settings, Tls};
+use crate::clock::{SharedClock, SystemClock};
+use crate::identity::{Peer, SourceAddress};
+
+pub(in crate::server) use connection::{Connection, ConnectionInfo};
+pub use places::Places;
+
+use connection::Socket;
+use places::Place;
+
+/// Where to listen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Listen {
+    /// A Unix socket, created with this mode.
+    Unix {
+        /// The socket.
+        path: PathBuf,
+        /// Its permission bits. Policy decides who may do what; these only decide who may ask.
+        mode: u32,
+    },
+    /// A loopback address.
+    Tcp(SocketAddr),
+    /// Any address, with TLS.
+    Tls(Settings),
+}
+
+impl Listen {
+    /// Listens, by the machine's clock. A socket file that a dead broker left behind is replaced; one that answers is
+    /// not, nor is anything that is not a socket.
+    ///
+    /// # Errors
+    /// [`ServerError::Listen`], and [`ServerError::Tls`] where certificate, key or authorities can't be used.
+    pub async fn bind(&self) -> Result<Bound, ServerError> {
+        self.bind_by(SystemClock::shared()).await
+    }
+
+    /// As [`bind`](Self::bind), by another clock: certificates are judged by it.
+    ///
+    /// # Errors
+    /// As [`bind`](Self::bind).
+    pub async fn bind_by(&self, clock: SharedClock) -> Result<Bound, ServerError> {
+        match self {
+            Self::Unix { path, mode } => bind_unix(path, *mode).await,
+            Self::Tcp(address) => bind_tcp(*address).await,
+            Self::Tls(settings) => bind_tls(settings, clock).await,
+        }
+    }
+}
+
+/// A listener that is ready. Removes its socket file when it goes.
+#[derive(Debug)]
+pub struct Bound {
+    listener: Listener,
+    address: String,
+    _socket: Option<SocketFile>,
+}
+
+#[derive(Debug)]
+enum Listener {
+    Unix(UnixListener),
+    Tcp(TcpListener),
+    Tls(TcpListener, Arc<Tls>),
+}
+
+impl Bound {
+    /// The address that a client names: `unix:///path`, `http://127.0.0.1:port` or `https://address:port`, with the
+    /// port really taken.
+    #[must_use]
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// The certificates of a TLS listener.
+    #[must_use]
+    pub const fn tls(&self) -> Option<&Arc<Tls>> {
+        match &self.listener {
+            Listener::Tls(_, tls) => Some(tls),
+            Listener::Unix(_) | Listener::Tcp(_) => None,
+        }
+    }
+
+    /// Connections, as they come; one without a place is closed at once. Runs on whichever runtime asks for the next
+    /// one.
+    pub(super) fn incoming(self, places: Places) -> impl Stream<Item = io::Result<Connection>> {
+        let incoming =
+            Incoming { bound: self, places, handshakes: JoinSet::new(), complaints: Complaints::default() };
+        futures_util::stream::unfold(incoming, |mut incoming| async move {
+            let connection = incoming.next().await;
+            Some((Ok(connection), incoming))
+        })
+    }
+
+    async fn accept(&self) -> io::Result<(Socket, ConnectionInfo)> {
+        match &self.listener {
+            Listener::Unix(listener) => {
+                let (stream, _) = listener.accept().await?;
+                let credentials = stream.peer_cred()?;
+                let pid = credentials.pid();
+                let peer = Some(Peer { uid: credentials.uid(), gid: credentials.gid(), pid });
+                let source = SourceAddress::Unix { pid };
+                Ok((Socket::Unix(stream), ConnectionInfo { source, peer, certificate: None }))
+            }
+            Listener::Tcp(listener) | Listener::Tls(listener, _) => {
+                let (stream, address) = listener.accept().await?;
+                stream.set_nodelay(true)?;
+                let source = SourceAddress::Tcp(address);
+                Ok((Socket::Tcp(stream), ConnectionInfo { source, peer: None, certificate: None }))
+            }
+        }
+    }
+}
+
+/// A listener at work.
+struct Incoming {
+    bound: Bound,
+    places: Places,
+    /// In tasks of their own, so that a slow one holds up nobody. Each has a place, which bounds them; they end with
+    /// the listener.
+    handshakes: JoinSet<Shaken>,
+    complaints: Complaints,
+}
+
+/// How a handshake ended.
+struct Shaken {
+    result: io::Result<Secured>,
+    info: ConnectionInfo,
+    place: Place,
+}
+
+impl Incoming {
+    async fn next(&mut self) -> Connection {
+        loop {
+            let connection = tokio::select! {
+                accepted = self.bound.accept() => match accepted {
+                    Ok((socket, info)) => self.admit(socket, info),
+                    // Out of file descriptors, or a peer that went before it was accepted: the listener lives on, but
+                    // not in a circle without a pause.
+                    Err(error) => {
+                        self.complaints.accept.say(|suppressed| {
+                            tracing::warn!(%error, suppressed, "accept failed");
+                        });
+                        pause().await;
+                        None
+                    }
+                },
+                Some(shaken) = self.handshakes.join_next() => self.shaken(shaken),
+            };
+            if let Some(connection) = connection {
+                return connection;
+            }
+        }
+    }
+
+    /// Gives a connection its place, before anything is read from it, and begins its handshake where it has one.
+    fn admit(&mut self, socket: Socket, info: ConnectionInfo) -> Option<Connection> {
+        let place = match self.places.take(&info, self.bound.tls().is_some()) {
+            Ok(place) => place,
+            Err(full) => {
+                self.complaints.place.say(|suppressed| {
+                    tracing::warn!(source = %info.source, suppressed, "connection refused: {full}");
+                });
+                return None;
+            }
+        };
+        match (socket, self.bound.tls()) {
+            (Socket::Tcp(stream), Some(tls)) => {
+                let tls = Arc::clone(tls);
+                self.handshakes.spawn(async move {
+                    let result = tls.accept(stream).await;
+                    Shaken { result, info, place }
+                });
+                None
+            }
+            (socket, _) => Some(Connection::new(socket, info, place)),
+        }
+    }
+
+    fn shaken(&mut self, shaken: Result<Shaken, JoinError>) -> Option<Connection> {
+        match shaken {
+            Ok(Shaken { result: Ok(secured), info, place }) => {
+                let info = ConnectionInfo { certificate: secured.certificate(), ..info };
+                Some(Connection::new(Socket::Tls(Box::new(secured)), info, place.shaken()))
+            }
+            Ok(Shaken { result: Err(error), info, .. }) => {
+                self.complaints.handshake.say(|suppressed| {
+                    tracing::warn!(source = %info.source, %error, suppressed, "TLS handshake failed");
+                });
+                None
+            }
+            Err(error) => {
+                tracing::error!(%error, "a TLS handshake ended in a defect");
+                None
+            }
+        }
+    }
+}
+
+/// What a listener warns of.
+#[derive(Default)]
+struct Complaints {
+    accept: Complaint,
+    place: Complaint,
+    handshake: Complaint,
+}
+
+/// A warning that repeats is said with its 1st, 10th, 100th … occurrence.
+#[derive(Default)]
+struct Complaint {
+    times: u64,
+    next: u64,
+}
+
+impl Complaint {
+    fn say(&mut self, say: impl FnOnce(u64)) {
+        self.times += 1;
+        if self.times > self.next {
+            say(self.times - 1);
+            self.next = self.times.saturating_mul(10).saturating_sub(1);
+        }
+    }
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "there is no condition to wait for: file descriptors come back in time"
+)]
+async fn pause() {
+    tokio::time::sleep(Duration::from_millis(100)).await;
+}
+
+/// The socket file that this process made, told from a later one of the same name by its inode.
+#[derive(Debug)]
+struct SocketFile {
+    path: PathBuf,
+    inode: u64,
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let ours = std::fs::symlink_metadata(&self.path).is_ok_and(|found| found.ino() == self.inode);
+        if ours && let Err(error) = std::fs::remove_file(&self.path) {
+            tracing::warn!(path = %self.path.display(), %error, "the socket file could not be removed");
+        }
+    }
+}
+
+async fn bind_unix(path: &Path, mode: u32) -> Result<Bound, ServerError> {
+    let address = format!("unix://{}", path.display());
+    let refuse = |problem: String| ServerError::Listen { address: address.clone(), problem };
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if !found.file_type().is_socket() => {
+            return Err(refuse("exists and is not a socket; choose another path".to_owned()));
+        }
+        Ok(_) if UnixStream::connect(path).await.is_ok() => {
+            return Err(refuse("another process answers there; stop it or choose another path".to_owned()));
+        }
+        Ok(_) => std::fs::remove_file(path).map_err(|error| refuse(format!("stale socket: {error}")))?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(refuse(error.to_string())),
+    }
+    let listener = UnixListener::bind(path).map_err(|error| refuse(error.to_string()))?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))
+        .map_err(|error| refuse(format!("mode {mode:o}: {error}")))?;
+    let inode = std::fs::symlink_metadata(path).map_err(|error| refuse(error.to_string()))?.ino();
+    let socket = Some(SocketFile { path: path.to_owned(), inode });
+    Ok(Bound { listener: Listener::Unix(listener), address, _socket: socket })
+}
+
+async fn bind_tcp(address: SocketAddr) -> Result<Bound, ServerError> {
+    if !address.ip().is_loopback() {
+        let problem = "is not a loopback address, and without TLS secrets would cross the network in the clear; use 127.0.0.1 or [::1], or `tls`";
+        return Err(ServerError::Listen { address: address.to_string(), problem: problem.to_owned() });
+    }
+    let (listener, taken) = listen_tcp(address).await?;
+    Ok(Bound { listener: Listener::Tcp(listener), address: format!("http://{taken}"), _socket: None })
+}
+
+async fn bind_tls(settings: &Settings, clock: SharedClock) -> Result<Bound, ServerError> {
+    let tls = Tls::load(settings.clone(), clock)?;
+    let (listener, taken) = listen_tcp(settings.address).await?;
+    Ok(Bound { listener: Listener::Tls(listener, tls), address: format!("https://{taken}"), _socket: None })
+}
+
+/// The listener, and the address with the port really taken.
+async fn listen_tcp(address: SocketAddr) -> Result<(TcpListener, SocketAddr), ServerError> {
+    let refuse =
+        |error: io::Error| ServerError::Listen { address: address.to_string(), problem: error.to_string() };
+    let listener = TcpListener::bind(address).await.map_err(refuse)?;
+    let taken = listener.local_addr().map_err(refuse)?;
+    Ok((listener, taken))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures_util::StreamExt as _;
+    use tonic::transport::server::Connected as _;
+
+    #[tokio::test]
+    async fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s.sock");
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        let listen = Listen::Unix { path: path.clone(), mode: 0o600 };
+        let bound = listen.bind().await.unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        let error = listen.bind().await.unwrap_err().to_string();
+        assert!(error.contains("another process answers there"), "{error}");
+        drop(bound);
+        assert!(!path.exists(), "the socket file goes with its listener");
+    }
+
+    #[tokio::test]
+    async fn what_is_not_a_socket_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("precious");
+        std::fs::write(&path, "data").unwrap();
+        let error = Listen::Unix { path: path.clone(), mode: 0o600 }.bind().await.unwrap_err().to_string();
+        assert!(error.contains("not a socket"), "{error}");
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "data");
+    }
+
+    #[tokio::test]
+    async fn tcp_without_tls_stays_on_loopback() {
+        let everywhere = Listen::Tcp("0.0.0.0:0".parse().unwrap());
+        assert!(everywhere.bind().await.unwrap_err().to_string().contains("loopback"));
+        let local = Listen::Tcp("127.0.0.1:0".parse().unwrap()).bind().await.unwrap();
+        assert!(local.address().starts_with("http://127.0.0.1:"));
+        assert!(local.tls().is_none());
+    }
+
+    #[test]
+    fn a_listener_can_be_driven_by_a_runtime_that_did_not_open_it() {
+        let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let (opener, driver) = (runtime(), runtime());
+        let bound = opener.block_on(Listen::Tcp("127.0.0.1:0".parse().unwrap()).bind()).unwrap();
+        let address = bound.address().strip_prefix("http://").unwrap().to_owned();
+        // The opener's reactor has to turn for its listener; its tasks and its timers are not asked for.
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        let turning = std::thread::spawn(move || opener.block_on(stopped).is_err());
+        let _client = std::net::TcpStream::connect(address).unwrap();
+        let places = Places::new(&crate::server::Limits::default());
+        let mut incoming = Box::pin(bound.incoming(places));
+        let first = driver.block_on(incoming.next()).unwrap().unwrap();
+        assert!(matches!(first.connect_info().source, SourceAddress::Tcp(_)));
+        drop((first, incoming, stop));
+        assert!(turning.join().unwrap());
+    }
+
+    #[test]
+    fn a_complaint_that_repeats_is_said_less_and_less() {
+        let (mut complaint, mut said) = (Complaint::default(), Vec::new());
+        (1..=1_000).for_each(|_| complaint.say(|suppressed| said.push(suppressed)));
+        assert_eq!(said, [0, 9, 99, 999]);
+    }
+}

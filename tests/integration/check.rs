@@ -1,0 +1,106 @@
+//! `claviger serve --check`: all that is wrong, at once, and nothing changed.
+
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+use std::process::Output;
+
+use crate::support::program::{Program, Served, claviger};
+
+fn check(config: &Path, more: &[&str]) -> Output {
+    let arguments = ["serve", "--check", "--config", config.to_str().unwrap()];
+    claviger(arguments.iter().chain(more)).output().unwrap()
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
+}
+
+/// Every path below a folder, and what the files hold.
+fn contents(folder: &Path) -> Vec<(std::path::PathBuf, Vec<u8>)> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
+        match entry.is_dir() {
+            true => found.extend(contents(&entry)),
+            false => found.push((entry.clone(), std::fs::read(&entry).unwrap())),
+        }
+    }
+    found.sort();
+    found
+}
+
+#[test]
+fn a_configuration_that_is_right_is_said_to_be_and_nothing_is_made() {
+    let folder = tempfile::tempdir().unwrap();
+    let (config, _) = Served::configure(folder.path(), "", "");
+    let before = contents(folder.path());
+    let output = check(&config, &[]);
+    assert!(output.status.success(), "{}", said(&output));
+    assert!(said(&output).ends_with("a broker can start\n"), "{}", said(&output));
+    assert_eq!(contents(folder.path()), before, "no key, no folder, no socket");
+}
+
+#[test]
+fn everything_that_is_wrong_is_said_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = folder.path().display();
+    let tls = format!(
+        "tls = {{ address = \"127.0.0.1:0\", certificate = \"{place}/none.pem\", key = \"{place}/none.key\" }}"
+    );
+    let (config, policies) = Served::configure(folder.path(), &tls, "");
+    std::fs::write(policies.join("broken.cedar"), "permit (").unwrap();
+    std::fs::write(folder.path().join("root.key"), "short").unwrap();
+    std::fs::create_dir(folder.path().join("data")).unwrap();
+    let open = std::fs::Permissions::from_mode(0o755);
+    std::fs::set_permissions(folder.path().join("data"), open).unwrap();
+    std::fs::write(folder.path().join("broker.sock"), "not a socket").unwrap();
+    let before = contents(folder.path());
+    let output = check(&config, &["--output", "json"]);
+    assert_eq!(output.status.code(), Some(1), "{}", said(&output));
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let problems: Vec<_> = report["findings"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|finding| finding["level"] == "error")
+        .map(|finding| finding["place"].as_str().unwrap())
+        .collect();
+    for place in ["kv.directory", "root_key", "policy.directory", "listen.unix", "listen.tls"] {
+        assert!(problems.contains(&place), "{place} in {problems:?}");
+    }
+    assert!(!said(&output).contains("short"), "nothing of a key file is shown");
+    assert_eq!(contents(folder.path()), before);
+}
+
+#[test]
+fn a_mistake_in_the_file_has_its_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let (config, _) = Served::configure(folder.path(), "drain = \"soon\"", "");
+    let output = check(&config, &[]);
+    assert_eq!(output.status.code(), Some(1), "{}", said(&output));
+    assert!(said(&output).contains(":5:1: listen.drain: "), "{}", said(&output));
+}
+
+#[test]
+fn online_asks_the_stores_and_leaves_those_of_a_running_broker_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let served = Served::start(folder.path());
+    assert!(served.program.put("development", "x", b"v").status.success());
+    let config = folder.path().join("broker.toml");
+    let running = said(&check(&config, &["--online"]));
+    assert!(running.contains("is open in a broker that runs"), "{running}");
+    assert_eq!(served.program.ok(["get", "-e", "development", "x"]), "v");
+    let mut program: Program = served.program;
+    assert!(program.signal(rustix::process::Signal::TERM).success());
+    let stopped = check(&config, &["--online"]);
+    assert!(stopped.status.success(), "{}", said(&stopped));
+    assert!(said(&stopped).contains("opens with the root key"), "{}", said(&stopped));
+    std::fs::write(folder.path().join("root.key"), "0".repeat(63) + "1").unwrap();
+    let foreign = check(&config, &["--online"]);
+    assert_eq!(foreign.status.code(), Some(1));
+    assert!(said(&foreign).contains("error    kv: "), "{}", said(&foreign));
+    let nobody = "[environments.staging]\nstore = \"aws\"\n[environments.staging.aws]\nregion = \"eu-central-1\"\nendpoint = \"http://127.0.0.1:9\"";
+    let (config, _) = Served::configure(folder.path(), "", nobody);
+    let away = check(&config, &["--online"]);
+    assert_eq!(away.status.code(), Some(1));
+    assert!(said(&away).contains("error    environments.staging: "), "{}", said(&away));
+}
