@@ -161,6 +161,10 @@ struct State {
     is_idle: bool,
     /// Since when the writer has been busy, as far as its last sign of life tells.
     busy_since: Option<Duration>,
+    /// How many looks of the watch have found the writer busy since then.
+    looks: u32,
+    /// Whether it counts as hanging. Only the watch says so.
+    hangs: bool,
 }
 
 impl State {
@@ -172,8 +176,19 @@ impl State {
         matches!(self.phase, Phase::Closed | Phase::Failed)
     }
 
-    fn is_overdue(&self, now: Duration) -> bool {
-        self.busy_since.is_some_and(|since| now.saturating_sub(since) >= ANSWER_WITHIN)
+    /// A sign of life: the writer is busy from now on, or not at all.
+    fn lives(&mut self, busy_since: Option<Duration>) {
+        (self.busy_since, self.looks, self.hangs) = (busy_since, 0, false);
+    }
+
+    /// Whether the writer hangs: busy for too long, and at more than one look. A process that was stopped, or a clock
+    /// that was set, has moved on a long way in no time at all.
+    fn look(&mut self, now: Duration) -> bool {
+        if let Some(since) = self.busy_since {
+            self.looks = self.looks.saturating_add(1);
+            self.hangs = self.looks > 1 && now.saturating_sub(since) >= ANSWER_WITHIN;
+        }
+        self.hangs
     }
 
     /// Everyone who waits, while what the writer did not take yet is forgotten.
@@ -199,6 +214,8 @@ impl Queue {
             closers: Vec::new(),
             is_idle: false,
             busy_since: None,
+            looks: 0,
+            hangs: false,
         };
         Self {
             path,
@@ -218,7 +235,7 @@ impl Queue {
         let (runtime, since) = (Handle::try_current().ok(), self.clock.monotonic());
         let mut state = self.lock();
         let (all_records, all_bytes) = (state.records + records, state.bytes + bytes);
-        if let Err(error) = self.admit(&state, since, all_records, all_bytes) {
+        if let Err(error) = self.admit(&state, all_records, all_bytes) {
             drop(state);
             self.count_refused(records);
             return Err(error);
@@ -230,9 +247,9 @@ impl Queue {
         Ok(answer)
     }
 
-    fn admit(&self, state: &State, now: Duration, records: usize, bytes: usize) -> Result<(), AuditError> {
+    fn admit(&self, state: &State, records: usize, bytes: usize) -> Result<(), AuditError> {
         match state.phase {
-            Phase::Open if state.is_overdue(now) => Err(self.hangs()),
+            Phase::Open if state.hangs => Err(self.hangs()),
             Phase::Open if records > MAX_WAITING || bytes > MAX_WAITING_BYTES => {
                 let waiting = state.records;
                 Err(self
@@ -248,7 +265,7 @@ impl Queue {
     /// What was taken must be settled.
     pub(super) fn take(&self, batch: &mut Vec<Work>, patience: Option<Duration>) -> Phase {
         let mut state = self.lock();
-        state.busy_since = None;
+        state.lives(None);
         if state.is_quiet() {
             state.is_idle = true;
             let quiet = |state: &mut State| state.is_quiet();
@@ -261,7 +278,7 @@ impl Queue {
             };
             state.is_idle = false;
         }
-        state.busy_since = Some(self.clock.monotonic());
+        state.lives(Some(self.clock.monotonic()));
         let State { works, waiters, in_flight, records, bytes, records_in_flight, .. } = &mut *state;
         mem::swap(works, batch);
         mem::swap(waiters, in_flight);
@@ -274,7 +291,7 @@ impl Queue {
     pub(super) fn settle(&self, spare: &mut Vec<Waiter>, result: Result<Vec<u64>, AuditError>) {
         let now = self.clock.monotonic();
         let mut state = self.lock();
-        state.busy_since = Some(now);
+        state.lives(Some(now));
         state.records_in_flight = 0;
         mem::swap(&mut state.in_flight, spare);
         drop(state);
@@ -294,17 +311,11 @@ impl Queue {
         loop {
             let running = |state: &mut State| !state.is_over();
             let waited = self.ended.wait_timeout_while(self.lock(), WATCH_EVERY, running);
-            let mut state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            let state = waited.unwrap_or_else(PoisonError::into_inner).0;
             if state.is_over() {
                 return;
             }
-            let hangs = state.is_overdue(self.clock.monotonic());
-            let let_go = hangs.then(|| state.let_go());
-            drop(state);
-            if let Some((waiters, closers)) = let_go {
-                self.refuse(waiters, &self.hangs());
-                closers.into_iter().for_each(|closer| drop(closer.send(Err(self.hangs()))));
-            }
+            let hangs = self.look(state);
             match (mem::replace(&mut hung, hangs), hangs) {
                 (false, true) => tracing::error!(
                     path = self.path,
@@ -314,6 +325,18 @@ impl Queue {
                 _ => {}
             }
         }
+    }
+
+    /// One look of the watch.
+    fn look(&self, mut state: MutexGuard<'_, State>) -> bool {
+        let hangs = state.look(self.clock.monotonic());
+        let let_go = hangs.then(|| state.let_go());
+        drop(state);
+        if let Some((waiters, closers)) = let_go {
+            self.refuse(waiters, &self.hangs());
+            closers.into_iter().for_each(|closer| drop(closer.send(Err(self.hangs()))));
+        }
+        hangs
     }
 
     fn refuse(&self, waiters: Vec<Waiter>, error: &AuditError) {
@@ -394,9 +417,8 @@ impl Queue {
 
     /// Why the writer can't be relied on; `None` where it can.
     pub(super) fn trouble(&self) -> Option<AuditError> {
-        let now = self.clock.monotonic();
         let state = self.lock();
-        let (has_failed, hangs) = (state.phase == Phase::Failed, state.is_overdue(now));
+        let (has_failed, hangs) = (state.phase == Phase::Failed, state.hangs);
         drop(state);
         if has_failed {
             return Some(self.stopped());
@@ -570,10 +592,13 @@ mod tests {
         let waiting = queue.push(group("", 0));
         assert!(waiting.is_ok(), "a slow disk is not one that hangs");
         clock.advance(Duration::from_millis(1));
+        assert!(!queue.look(queue.lock()), "one look may come just after a clock was set");
+        assert!(queue.push(group("", 0)).is_ok());
+        assert!(queue.look(queue.lock()));
         assert_eq!(queue.push(group("", 0)).unwrap_err().reason(), Reason::AuditUnavailable);
         let mut batch = Vec::new();
-        queue.take(&mut batch, None);
-        assert_eq!(batch.len(), 1);
+        queue.take(&mut batch, Some(Duration::ZERO));
+        assert!(batch.is_empty(), "what waited was let go");
         assert!(queue.push(group("", 0)).is_ok());
     }
 

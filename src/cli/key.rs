@@ -109,9 +109,9 @@ async fn rotate_audit(context: &Context) -> Result<(), CliError> {
     let answer = keys.rotate_audit_key(request).await.map_err(ClientError::from)?.into_inner();
     let key = answer.key.ok_or_else(|| ClientError::malformed("holds no key"))?;
     let shape = AuditRotated { audit_key: AuditKey::from(key), at: output::time(answer.at) };
-    context
-        .output
-        .notice("whoever verifies the log elsewhere needs the new public half as well as the earlier ones");
+    context.output.notice(
+        "whoever verifies the log elsewhere needs the new public half; it vouches for the earlier ones",
+    );
     context.output.answer(&shape, || {
         let AuditKey { id, public_key, .. } = &shape.audit_key;
         format!("audit key {id}: in force since {}, public half {public_key}", moment(shape.at))

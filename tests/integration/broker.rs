@@ -175,7 +175,7 @@ async fn a_batch_answers_each_item_in_order_with_a_record_each() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_full_disk_refuses_to_serve_and_recovers_by_itself() {
+async fn b16_a_full_disk_refuses_to_serve_and_recovers_by_itself() {
     let folder = tempfile::tempdir().unwrap();
     let resolved = resolved(folder.path());
     use std::os::unix::fs::DirBuilderExt as _;
@@ -214,7 +214,7 @@ async fn a_full_disk_refuses_to_serve_and_recovers_by_itself() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_database_from_the_past_is_noticed() {
+async fn b40_a_database_from_the_past_is_noticed() {
     let folder = tempfile::tempdir().unwrap();
     let resolved = resolved(folder.path());
     let running = start(&resolved, clock()).await.unwrap();
@@ -231,7 +231,7 @@ async fn a_database_from_the_past_is_noticed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_number_in_the_database_does_not_make_an_old_one_new() {
+async fn b40_a_number_in_the_database_does_not_make_an_old_one_new() {
     let folder = tempfile::tempdir().unwrap();
     let resolved = resolved(folder.path());
     let running = start(&resolved, clock()).await.unwrap();

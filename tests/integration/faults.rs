@@ -28,7 +28,9 @@ fn on_record(chain: &std::path::Path) -> BTreeSet<String> {
     for path in segments.filter(|path| path.extension().is_some_and(|extension| extension == "jsonl")) {
         for line in std::fs::read_to_string(path).unwrap().lines() {
             let record: serde_json::Value = serde_json::from_str(line).unwrap();
-            found.insert(record["request_id"].as_str().unwrap_or_default().to_owned());
+            if record["operation"] == "get" {
+                found.insert(record["request_id"].as_str().unwrap().to_owned());
+            }
         }
     }
     found
@@ -80,7 +82,10 @@ async fn b30_sigterm_under_load_loses_no_reply_that_had_a_record() {
                         }
                         Err(status) => {
                             assert!(
-                                matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled),
+                                matches!(
+                                    status.code(),
+                                    Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Internal
+                                ),
                                 "{status:?}"
                             );
                             *refused.lock().unwrap() += 1;
@@ -101,11 +106,7 @@ async fn b30_sigterm_under_load_loses_no_reply_that_had_a_record() {
     let recorded = on_record(&folder.path().join("data/audit/dev"));
     let unrecorded: Vec<_> = received.difference(&recorded).collect();
     assert!(unrecorded.is_empty(), "{} values left without a record", unrecorded.len());
-    // The other way round: what was recorded as given out was given out. Reads carry ids, as nothing else here does.
-    let mut unsent: Vec<_> = recorded.difference(&received).filter(|id| !id.is_empty()).collect();
-    let samples = Program::dev(folder.path());
-    let others = samples.ok(["audit", "query", "--limit", "10000", "--output", "json"]);
-    unsent.retain(|id| others.lines().any(|line| line.contains(id.as_str()) && line.contains("\"get\"")));
+    let unsent: Vec<_> = recorded.difference(&received).collect();
     assert!(unsent.is_empty(), "{} replies that had a record did not arrive: {unsent:?}", unsent.len());
 }
 

@@ -14,7 +14,7 @@
 )]
 
 mod audit;
-// mod audit_keys;
+mod audit_keys;
 mod aws;
 mod broker;
 mod cache;
