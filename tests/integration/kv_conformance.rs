@@ -761,6 +761,23 @@ mod embedded_file {
     }
 
     #[tokio::test(flavor = "multi_thread")]
+    async fn a_watch_that_nobody_polls_holds_nothing_up() {
+        let (_folder, path) = folder();
+        let kv = open(&path).await.unwrap();
+        for n in 0..50 {
+            put(&kv, &format!("a{n}"), "1").await;
+        }
+        for _ in 0..200 {
+            let mut watch = kv.watch(b"a", 1).await.unwrap();
+            // Begun, and left where it happens to be.
+            let _ = watch.next().now_or_never();
+            let read = tokio::time::timeout(std::time::Duration::from_secs(60), kv.get(b"a1")).await;
+            assert!(read.expect("the watch holds the file").unwrap().is_some());
+            drop(watch);
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
     async fn what_was_committed_is_there_again_after_a_close_and_after_none() {
         let (_folder, path) = folder();
         let kv = open(&path).await.unwrap();

@@ -143,18 +143,14 @@ impl Watching {
             Err(_) if said == Some(Said::Denied) => return self.nothing_new(&untold, untold.latest),
             Err((decision, error)) => return Some(Step::Refused { untold, decision, error }),
         };
-        let before = channel.known(&untold.name);
-        match channel.fetch(&self.broker.parts.stores, &grant, &untold).await {
-            Ok(fetched) => {
-                let current = Current::Version(fetched.version.id.clone());
-                channel.observe(&untold.name, before.as_ref(), current).await;
-                match said {
-                    Some(Said::Version(id)) if id == fetched.version.id => {
-                        self.nothing_new(&untold, covered(&untold, fetched.order))
-                    }
-                    _ => Some(Step::Current { untold, grant, fetched }),
+        let (grant, fetched) = self.fetch(grant, untold.clone()).await?;
+        match fetched {
+            Ok(fetched) => match said {
+                Some(Said::Version(id)) if id == fetched.version.id => {
+                    self.nothing_new(&untold, covered(&untold, fetched.order))
                 }
-            }
+                _ => Some(Step::Current { untold, grant, fetched }),
+            },
             Err(error) if error.is_transient() => {
                 seat.defer(&untold);
                 None
@@ -163,6 +159,29 @@ impl Watching {
                 self.nothing_new(&untold, untold.latest)
             }
             Err(error) => Some(Step::Failed { untold, grant, error }),
+        }
+    }
+
+    /// Asks for what is current, in a task of its own: others wait for the same answer, and nobody has to poll a watch.
+    async fn fetch(&self, grant: Grant, untold: Untold) -> Option<(Grant, Result<Fetched, StoreError>)> {
+        let (broker, channel) = (Arc::clone(&self.broker), Arc::clone(&self.seated.channel));
+        let wanted = untold.clone();
+        let fetching = tokio::spawn(async move {
+            let before = channel.known(&wanted.name);
+            let fetched = channel.fetch(&broker.parts.stores, &grant, &wanted).await;
+            if let Ok(fetched) = &fetched {
+                let current = Current::Version(fetched.version.id.clone());
+                channel.observe(&wanted.name, before.as_ref(), current).await;
+            }
+            (grant, fetched)
+        });
+        match fetching.await {
+            Ok(answer) => Some(answer),
+            Err(error) => {
+                tracing::error!(%error, "a watched secret could not be fetched");
+                self.seated.seat.defer(&untold);
+                None
+            }
         }
     }
 

@@ -16,6 +16,7 @@ use crate::kv::{Event, KvError, Revision, Watch};
 const BATCH: usize = 256;
 
 /// A half-open range of keys: from the first up to, not including, the second; without a second to the last.
+#[derive(Clone)]
 pub(super) struct Keys {
     pub(super) start: Vec<u8>,
     pub(super) end: Option<Vec<u8>>,
@@ -48,6 +49,7 @@ pub(super) fn successor(key: &[u8]) -> Vec<u8> {
 }
 
 /// Where a watcher stands: everything before this revision and key was told.
+#[derive(Clone)]
 pub(super) struct Position {
     pub(super) revision: Revision,
     pub(super) key: Vec<u8>,
@@ -98,7 +100,11 @@ impl Watcher {
         // INVARIANT: a revision is announced after its transaction is committed, so that all history up to it shows.
         let latest = *self.latest.wait_for(|latest| *latest >= awaited).await.map_err(|_| closed())?;
         let store = self.store.upgrade().ok_or_else(closed)?;
-        let events = store.history(&self.keys, &self.position, latest, BATCH).await?;
+        // INVARIANT: the connection is never held by a stream, which nobody has to poll: whoever waits for a watch and
+        // for something else would come to wait for itself.
+        let (keys, position) = (self.keys.clone(), self.position.clone());
+        let read = tokio::spawn(async move { store.history(&keys, &position, latest, BATCH).await });
+        let events = read.await.map_err(|_| closed())??;
         self.position = match events.last() {
             Some(last) if events.len() == BATCH => {
                 Position { revision: last.revision, key: successor(&last.key) }
