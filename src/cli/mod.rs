@@ -114,7 +114,10 @@ fn carry_out(command: Command, context: &Context) -> Result<Exit, CliError> {
         .enable_all()
         .build()
         .map_err(|error| CliError::new(Reason::Internal, format!("the runtime can't be started: {error}")))?;
-    runtime.block_on(dispatch(command, context))
+    let ended = runtime.block_on(dispatch(command, context));
+    // What still runs was told to end long ago; a thread that the kernel holds must not hold the process.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    ended
 }
 
 async fn dispatch(command: Command, context: &Context) -> Result<Exit, CliError> {

@@ -108,6 +108,12 @@ pub enum StartError {
     /// A door.
     #[error(transparent)]
     Server(#[from] ServerError),
+    /// A part of the end took too long; the process goes without it.
+    #[error("{doing} takes too long, and the broker ends without it; the next start checks what is there")]
+    Stuck {
+        /// Which part.
+        doing: String,
+    },
     /// What is done at the start did not go through.
     #[error(transparent)]
     Broker(#[from] BrokerError),
@@ -122,6 +128,7 @@ impl Reasoned for StartError {
             Self::NoKey(_) => Reason::InvalidKey,
             Self::Audit(error) => error.reason(),
             Self::RolledBack { .. } => Reason::Tampered,
+            Self::Stuck { .. } => Reason::Unavailable,
             Self::State(error) => error.reason(),
             Self::Policy(error) => error.reason(),
             Self::Store(error) => error.reason(),
@@ -299,13 +306,19 @@ impl Running {
     /// # Errors
     /// [`StartError`].
     pub async fn stop(&self) -> Result<(), StartError> {
+        // First, and whatever else hangs: what was answered is vouched for.
+        let signed_off = within("signing the audit log off", self.broker.log().close()).await;
+        let closed = within("closing the store", self.close_store()).await;
+        signed_off??;
+        closed?
+    }
+
+    async fn close_store(&self) -> Result<(), StartError> {
         if let Err(error) = self.broker.keep_token_use().await {
             tracing::warn!(%error, "the last use of tokens could not be kept");
         }
-        let signed_off = self.broker.log().close().await;
         self.place.lock().await.keep(self.broker.log().last_checkpoint()).await?;
-        self.kv.close().await?;
-        Ok(signed_off?)
+        Ok(self.kv.close().await?)
     }
 }
 
@@ -313,6 +326,13 @@ impl std::fmt::Debug for Running {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Running").field("broker", &self.broker).finish_non_exhaustive()
     }
+}
+
+/// A part that does not come to its end must not keep the process.
+async fn within<T>(doing: &str, ends: impl Future<Output = T>) -> Result<T, StartError> {
+    const LONGEST: Duration = Duration::from_secs(4);
+    let late = |_| StartError::Stuck { doing: doing.to_owned() };
+    tokio::time::timeout(LONGEST, ends).await.map_err(late)
 }
 
 fn not_inherited(environment: &Environment) -> Option<String> {

@@ -6,9 +6,12 @@ use crate::broker::Broker;
 use crate::clock::SharedClock;
 use crate::crypto::KeyRing;
 use crate::environment::StoreChoice;
+use crate::error::Reasoned as _;
 use crate::kv::Kv;
+use crate::secret::EnvironmentName;
 use crate::server::health::Check;
 use crate::server::tls::Tls;
+use crate::store::StoreError;
 
 use super::state;
 
@@ -32,11 +35,17 @@ pub(super) fn checks(
         let (broker, name) = (Arc::clone(broker), environment.name.clone());
         Check::shown(format!("store:{name}"), every, move || {
             let (broker, name) = (Arc::clone(&broker), name.clone());
-            async move { broker.caches().ping(&name).await.map_err(|error| error.to_string()) }
+            async move { broker.caches().ping(&name).await.map_err(|error| code(&error, &name)) }
         })
     }));
     checks.extend(tls.iter().map(|tls| certificates(tls, clock)));
     checks
+}
+
+/// What a store's error is called. Its text may name an account or a role, and whoever reaches the door reads this.
+fn code(error: &StoreError, environment: &EnvironmentName) -> String {
+    tracing::debug!(%error, %environment, "a store does not answer");
+    error.reason().code().to_owned()
 }
 
 fn kv_answers(kv: &Arc<dyn Kv>) -> Check {

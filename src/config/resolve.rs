@@ -78,6 +78,7 @@ fn limits(listen: &raw::Listen) -> Result<Limits, ConfigError> {
     for (key, given, limit) in [
         ("listen.connections", listen.connections, &mut limits.connections),
         ("listen.connections_per_caller", listen.connections_per_caller, &mut limits.connections_per_caller),
+        ("listen.watches_per_caller", listen.watches_per_caller, &mut limits.watches_per_caller),
     ] {
         match given {
             None => {}

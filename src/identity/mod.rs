@@ -277,15 +277,22 @@ pub trait Authenticator: Send + Sync {
     /// # Errors
     /// [`IdentityError::Invalid`] where something of this kind is presented and is not valid.
     async fn authenticate(&self, presented: &Presented) -> Result<Option<Arc<Principal>>, IdentityError>;
+
+    /// Whether something of this kind is presented at all. Cheap: asked with every call.
+    fn concerns(&self, presented: &Presented) -> bool;
 }
 
-/// Authenticators in the order of their strength; the first that recognises what is presented decides.
+/// Authenticators in the order in which they speak for a caller who presents several kinds: a token, which a program
+/// presents by name, before the certificate or the Unix user of whatever carries its calls.
+///
+/// INVARIANT: each judges what is presented of its kind, and one that finds it invalid refuses the call, whatever the
+/// others find.
 pub struct Chain {
     authenticators: Vec<Arc<dyn Authenticator>>,
 }
 
 impl Chain {
-    /// A chain, strongest first.
+    /// A chain, in the order in which they speak.
     #[must_use]
     pub const fn new(authenticators: Vec<Arc<dyn Authenticator>>) -> Self {
         Self { authenticators }
@@ -294,19 +301,56 @@ impl Chain {
     /// Who is calling.
     ///
     /// # Errors
-    /// [`IdentityError::Missing`] where nothing is recognised; otherwise the deciding authenticator's own error.
+    /// [`IdentityError::Missing`] where nothing is recognised; otherwise the error of the first that refuses.
     pub async fn authenticate(&self, presented: &Presented) -> Result<Arc<Principal>, IdentityError> {
-        for authenticator in &self.authenticators {
-            if let Some(principal) = authenticator.authenticate(presented).await? {
-                return Ok(principal);
-            }
+        let mut known = None;
+        for authenticator in self.authenticators.iter().filter(|one| one.concerns(presented)) {
+            let found = authenticator.authenticate(presented).await?;
+            known = known.or(found);
         }
-        Err(IdentityError::Missing)
+        known.ok_or(IdentityError::Missing)
     }
 }
 
 impl fmt::Debug for Chain {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Chain").field("authenticators", &self.authenticators.len()).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Says the same whatever is presented.
+    struct Says(Result<&'static str, &'static str>);
+
+    #[async_trait]
+    impl Authenticator for Says {
+        async fn authenticate(&self, _: &Presented) -> Result<Option<Arc<Principal>>, IdentityError> {
+            match self.0 {
+                Ok(id) => Ok(Some(Arc::new(Principal::internal(id, [])))),
+                Err(problem) => Err(IdentityError::Invalid { method: "test", problem }),
+            }
+        }
+
+        fn concerns(&self, _: &Presented) -> bool {
+            true
+        }
+    }
+
+    async fn known(says: &[Result<&'static str, &'static str>]) -> Result<String, IdentityError> {
+        let chain = says.iter().map(|said| Arc::new(Says(*said)) as Arc<dyn Authenticator>).collect();
+        let known = Chain::new(chain).authenticate(&Presented::default()).await;
+        known.map(|principal| principal.id().to_owned())
+    }
+
+    #[tokio::test]
+    async fn the_first_speaks_and_whatever_is_invalid_refuses() {
+        assert_eq!(known(&[Ok("token"), Ok("certificate")]).await.unwrap(), "token");
+        let invalid = |said| matches!(said, Err(IdentityError::Invalid { .. }));
+        assert!(invalid(known(&[Ok("token"), Err("of another trust domain")]).await));
+        assert!(invalid(known(&[Err("revoked"), Ok("certificate")]).await));
+        assert_eq!(known(&[]).await.unwrap_err(), IdentityError::Missing);
     }
 }

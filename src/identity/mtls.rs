@@ -372,6 +372,10 @@ impl Authenticator for Mtls {
         let recognised = certificate.recognised.get_or_init(|| self.recognise(certificate).map(Arc::new));
         recognised.clone().map(Some)
     }
+
+    fn concerns(&self, presented: &Presented) -> bool {
+        presented.certificate.is_some()
+    }
 }
 
 #[cfg(test)]

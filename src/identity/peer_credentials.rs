@@ -74,6 +74,10 @@ impl Authenticator for PeerCredentials {
         let known = self.callers.get(&peer.uid).cloned();
         Ok(Some(known.unwrap_or_else(|| Arc::new(stranger(peer.uid)))))
     }
+
+    fn concerns(&self, presented: &Presented) -> bool {
+        presented.peer.is_some()
+    }
 }
 
 fn stranger(uid: u32) -> Principal {

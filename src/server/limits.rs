@@ -72,8 +72,9 @@ impl Per {
 }
 
 impl Rate {
-    /// What a stranger may where nothing else is configured: 20 calls a second, 200 at once.
-    pub const STRANGERS: Self = Self { count: 20, per: Per::Second, burst: 200 };
+    /// What a stranger may where nothing else is configured: 2 calls a second, 100 at once. Each leaves a record of about
+    /// half a kilobyte, so one address can write less than 100 MB of them a day.
+    pub const STRANGERS: Self = Self { count: 2, per: Per::Second, burst: 100 };
 
     /// Parses `100/s`, `600/m`, `5000/h`, or one of these with a burst behind it: `100/s burst 500`. Both numbers are
     /// 1 to 1,000,000. The burst left out is what one second brings, at least 10.

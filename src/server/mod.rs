@@ -31,6 +31,8 @@ pub struct Limits {
     pub connections: usize,
     /// Connections at a time of one caller: of one Unix user, of one IPv4 address, of one IPv6 network of 64 bits.
     pub connections_per_caller: usize,
+    /// Watches at a time of one principal.
+    pub watches_per_caller: usize,
     /// Calls at a time on one connection.
     pub streams: u32,
     /// The largest request message, in bytes.
@@ -52,6 +54,7 @@ impl Default for Limits {
         Self {
             connections: 1_024,
             connections_per_caller: 512,
+            watches_per_caller: 1_024,
             streams: 256,
             message_bytes: 1024 * 1024,
             deadline: Duration::from_secs(30),

@@ -122,7 +122,7 @@ async fn nothing_grows_under_everything_that_callers_do() {
         let created =
             program.ok(["token", "create", "--workload", "soak", "--expires", "1h", "--output", "json"]);
         let created: serde_json::Value = serde_json::from_str(&created).unwrap();
-        program.ok(["token", "revoke", created["id"].as_str().unwrap()]);
+        program.ok(["token", "revoke", created["token"]["id"].as_str().unwrap()]);
         program.ok(["cache", "purge", "-e", "development"]);
         std::fs::write(policies.join("soak.cedar"), format!("// turn {turn}\n")).unwrap();
         samples.push(Sample::of(&program, &admin).await);

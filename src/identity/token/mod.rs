@@ -241,6 +241,10 @@ impl Authenticator for Tokens {
         let Some(bearer) = &presented.bearer else { return Ok(None) };
         self.recognise(bearer.expose_text().unwrap_or_default(), &presented.source).map(Some)
     }
+
+    fn concerns(&self, presented: &Presented) -> bool {
+        presented.bearer.is_some()
+    }
 }
 
 impl fmt::Debug for Tokens {

@@ -243,13 +243,15 @@ fn presented(request: &Request<Body>, source: &SourceAddress) -> Result<Presente
         source: source.clone(),
         bearer: None,
     };
-    let Some(header) = request.headers().get(http::header::AUTHORIZATION) else {
-        return Ok(by_connection);
-    };
+    let mut headers = request.headers().get_all(http::header::AUTHORIZATION).iter();
+    let Some(header) = headers.next() else { return Ok(by_connection) };
     let malformed = || IdentityError::Invalid {
         method: "token",
-        problem: "the authorization header is not `Bearer TOKEN`",
+        problem: "the authorization header is not `Bearer TOKEN`, once",
     };
+    if headers.next().is_some() {
+        return Err(malformed());
+    }
     let (scheme, token) = header.to_str().ok().and_then(|text| text.split_once(' ')).ok_or_else(malformed)?;
     if !scheme.eq_ignore_ascii_case("bearer") || token.len() > 512 {
         return Err(malformed());
