@@ -56,7 +56,7 @@ pub struct AwsSettings {
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// `sealed` (default) or `aws`.
+    /// `sealed` (default) or `aws`; must be written where there is a table `aws`.
     pub store: Option<String>,
     /// Settings of the `aws` store.
     pub aws: Option<AwsSettings>,
@@ -74,8 +74,8 @@ pub struct Config {
     pub audit: Option<Durability>,
     /// Secrets that are never cached: names, or beginnings of names that end with `*`. At most 256.
     pub uncached: Option<Vec<String>>,
-    /// Where callers over a network may be: CIDR ranges or addresses, at most 256; left out: anywhere. Callers over a
-    /// Unix socket are on this machine and pass.
+    /// Where callers over a network may be: CIDR ranges or addresses, 1 to 256; left out: anywhere. Callers over a Unix
+    /// socket are on this machine and pass.
     pub source_addresses: Option<Vec<String>>,
 }
 
@@ -114,7 +114,8 @@ impl NamePattern {
     }
 }
 
-/// A CIDR range; an address alone is the range that holds nothing else.
+/// A CIDR range; an address alone is the range that holds nothing else. One of IPv4 addresses is written as IPv4:
+/// callers are known by their IPv4 address however the connection has it, so `::ffff:10.0.0.0/104` would fit nobody.
 ///
 /// # Errors
 /// What is wrong with it and the mend.
@@ -122,6 +123,9 @@ pub fn parse_range(text: &str) -> Result<IpNet, String> {
     let shown = || text.escape_default().take(64).collect::<String>();
     let range = text.parse::<IpNet>().or_else(|_| text.parse::<std::net::IpAddr>().map(IpNet::from));
     let range = range.map_err(|_| format!("`{}` is no address and no range such as 10.0.0.0/8", shown()))?;
+    if matches!(range, IpNet::V6(range) if range.addr().to_ipv4_mapped().is_some()) {
+        return Err(format!("`{}` stands for IPv4 addresses; write them as IPv4", shown()));
+    }
     if range.addr() != range.network() {
         return Err(format!("`{}` has bits behind its prefix; write {}", shown(), range.trunc()));
     }
@@ -219,48 +223,63 @@ impl Registry {
     /// Checks the environments against each other and keeps them.
     ///
     /// # Errors
-    /// None declared; a parent that is not declared or inherits in a circle; a protected environment with relaxed
-    /// auditing.
+    /// The first of: none declared; a parent that is not declared or inherits in a circle; a protected environment with
+    /// relaxed auditing.
     pub fn new(environments: impl IntoIterator<Item = Environment>) -> Result<Self, EnvironmentError> {
-        let environments: BTreeMap<_, _> = environments
-            .into_iter()
-            .map(|environment| (environment.name.clone(), Arc::new(environment)))
-            .collect();
-        if environments.is_empty() {
-            return Err(EnvironmentError::Empty);
+        let registry = Self::unchecked(environments);
+        match registry.problems().into_iter().next() {
+            Some(problem) => Err(problem),
+            None => Ok(registry),
         }
-        for environment in environments.values() {
-            let refuse =
-                |problem| EnvironmentError::Invalid { environment: environment.name.clone(), problem };
-            if environment.protected && environment.durability == Durability::Relaxed {
-                return Err(refuse(
-                    "audit = \"relaxed\" is refused where protected = true; remove one of them".to_owned(),
-                ));
-            }
-            let mut seen = vec![&environment.name];
-            let mut next = environment.parent.as_ref();
-            while let Some(parent) = next {
-                if seen.contains(&parent) {
-                    return Err(refuse(format!("parent `{parent}` inherits from it in a circle")));
-                }
-                seen.push(parent);
-                let found = environments
-                    .get(parent)
-                    .ok_or_else(|| refuse(format!("parent `{parent}` is not declared")))?;
-                next = found.parent.as_ref();
-            }
-        }
-        Ok(Self { environments })
     }
 
     /// Resolves configuration tables.
     ///
     /// # Errors
-    /// As [`new`](Self::new), and a setting that is out of its bounds.
-    pub fn from_config(tables: BTreeMap<EnvironmentName, Config>) -> Result<Self, EnvironmentError> {
-        let environments: Result<Vec<_>, _> =
-            tables.into_iter().map(|(name, table)| resolve(name, table)).collect();
-        Self::new(environments?)
+    /// All that is wrong: as [`new`](Self::new), and each setting that is out of its bounds.
+    pub fn from_config(tables: BTreeMap<EnvironmentName, Config>) -> Result<Self, Vec<EnvironmentError>> {
+        let mut problems = Vec::new();
+        // One that is wrong is declared all the same, so that nothing is held against those that inherit from it.
+        let environments: Vec<_> =
+            tables.into_iter().map(|(name, table)| resolve(name, table, &mut problems)).collect();
+        let registry = Self::unchecked(environments);
+        problems.extend(registry.problems());
+        if problems.is_empty() { Ok(registry) } else { Err(problems) }
+    }
+
+    fn unchecked(environments: impl IntoIterator<Item = Environment>) -> Self {
+        let named = |environment: Environment| (environment.name.clone(), Arc::new(environment));
+        Self { environments: environments.into_iter().map(named).collect() }
+    }
+
+    /// What the environments are wrong about, taken together.
+    fn problems(&self) -> Vec<EnvironmentError> {
+        if self.environments.is_empty() {
+            return vec![EnvironmentError::Empty];
+        }
+        let of_one = |environment: &Arc<Environment>| {
+            let name = environment.name.clone();
+            let problems = [not_audited(environment), self.not_inherited(environment)].into_iter().flatten();
+            problems.map(move |problem| EnvironmentError::Invalid { environment: name.clone(), problem })
+        };
+        self.environments.values().flat_map(of_one).collect()
+    }
+
+    /// Why an environment can't inherit from its parent. What is wrong further up is said of those there.
+    fn not_inherited(&self, environment: &Environment) -> Option<String> {
+        let parent = environment.parent.as_ref()?;
+        if !self.environments.contains_key(parent) {
+            return Some(format!("parent `{parent}` is not declared"));
+        }
+        let mut next = parent;
+        // As many steps as there are environments lead around any circle.
+        for _ in 0..self.environments.len() {
+            if *next == environment.name {
+                return Some(format!("parent `{parent}` inherits from it in a circle"));
+            }
+            next = self.environments.get(next)?.parent.as_ref()?;
+        }
+        None
     }
 
     /// The environment of this name.
@@ -283,77 +302,124 @@ impl fmt::Debug for Registry {
     }
 }
 
-fn resolve(name: EnvironmentName, table: Config) -> Result<Environment, EnvironmentError> {
+fn not_audited(environment: &Environment) -> Option<String> {
+    let relaxed = environment.protected && environment.durability == Durability::Relaxed;
+    relaxed.then(|| "audit = \"relaxed\" is refused where protected = true; remove one of them".to_owned())
+}
+
+/// What is wrong with one table.
+struct Problems<'a> {
+    environment: EnvironmentName,
+    found: &'a mut Vec<EnvironmentError>,
+}
+
+impl Problems<'_> {
+    fn say(&mut self, problem: String) {
+        self.found.push(EnvironmentError::Invalid { environment: self.environment.clone(), problem });
+    }
+
+    fn keep<T>(&mut self, checked: Result<T, String>) -> Option<T> {
+        checked.map_err(|problem| self.say(problem)).ok()
+    }
+}
+
+/// What a table says; where that is wrong, the default stands in, and `found` tells.
+fn resolve(name: EnvironmentName, table: Config, found: &mut Vec<EnvironmentError>) -> Environment {
     const MINUTE: u64 = 60;
     const DAY: u64 = 86_400;
     let defaults = Environment::sealed(name.clone());
-    let refuse = |problem: String| EnvironmentError::Invalid { environment: name.clone(), problem };
-    let bounded = |key: &str, text: Option<String>, default: Duration, most: u64| match text {
-        None => Ok(default),
-        Some(text) => {
-            let duration = parse_duration(&text).map_err(|error| refuse(format!("{key}: {error}")))?;
-            if duration > Duration::from_secs(most) {
-                return Err(refuse(format!("{key} = \"{text}\" is more than the {most} seconds permitted")));
-            }
-            Ok(duration)
-        }
+    let mut problems = Problems { environment: name, found };
+    let mut bounded = |key: &str, text: Option<String>, default: Duration, most: u64| {
+        text.and_then(|text| problems.keep(duration(key, &text, most))).unwrap_or(default)
     };
-    let store = match (table.store.as_deref(), table.aws) {
-        (None | Some("sealed"), None) => StoreChoice::Sealed,
-        (None | Some("aws"), Some(aws)) => StoreChoice::Aws(checked(aws).map_err(refuse)?),
-        (Some("aws"), None) => StoreChoice::Aws(AwsSettings::default()),
-        (Some("sealed"), Some(_)) => {
-            return Err(refuse(
-                "store = \"sealed\" and a table `aws` contradict each other; remove one".to_owned(),
-            ));
-        }
-        (Some(other), _) => {
-            let other: String = other.escape_default().take(32).collect();
-            return Err(refuse(format!("store = \"{other}\" is neither `sealed` nor `aws`")));
-        }
-    };
-    Ok(Environment {
-        ttl: bounded("ttl", table.ttl, defaults.ttl, DAY)?,
-        negative_ttl: bounded("negative_ttl", table.negative_ttl, defaults.negative_ttl, 5 * MINUTE)?,
-        stale_for: bounded("stale_for", table.stale_for, defaults.stale_for, 7 * DAY)?,
+    Environment {
+        ttl: bounded("ttl", table.ttl, defaults.ttl, DAY),
+        negative_ttl: bounded("negative_ttl", table.negative_ttl, defaults.negative_ttl, 5 * MINUTE),
+        stale_for: bounded("stale_for", table.stale_for, defaults.stale_for, 7 * DAY),
         protected: table.protected.unwrap_or(false),
         parent: table.parent,
         durability: table.audit.unwrap_or_default(),
-        uncached: each("uncached", table.uncached, NamePattern::parse).map_err(&refuse)?,
-        source_addresses: each("source_addresses", table.source_addresses, parse_range).map_err(&refuse)?,
-        store,
+        store: store(table.store.as_deref(), table.aws, &mut problems),
+        uncached: each("uncached", &table.uncached.unwrap_or_default(), NamePattern::parse, &mut problems),
+        source_addresses: source_addresses(table.source_addresses.as_deref(), &mut problems),
         ..defaults
-    })
+    }
+}
+
+fn duration(key: &str, text: &str, most: u64) -> Result<Duration, String> {
+    let duration = parse_duration(text).map_err(|error| format!("{key}: {error}"))?;
+    match duration > Duration::from_secs(most) {
+        true => Err(format!("{key} = \"{text}\" is more than the {most} seconds permitted")),
+        false => Ok(duration),
+    }
+}
+
+/// INVARIANT: a table `aws` alone chooses no store: secrets move nowhere because of a key that was forgotten.
+fn store(named: Option<&str>, aws: Option<AwsSettings>, problems: &mut Problems<'_>) -> StoreChoice {
+    for problem in aws.iter().flat_map(wrong_with) {
+        problems.say(problem);
+    }
+    match (named, aws) {
+        (None | Some("sealed"), None) => return StoreChoice::Sealed,
+        (Some("aws"), aws) => return StoreChoice::Aws(aws.unwrap_or_default()),
+        (None, Some(_)) => problems.say(
+            "aws without store = \"aws\": the store would be `sealed`; write store = \"aws\" beside it, or remove \
+             the table"
+                .to_owned(),
+        ),
+        (Some("sealed"), Some(_)) => problems
+            .say("store = \"sealed\" and a table `aws` contradict each other; remove one".to_owned()),
+        (Some(other), _) => {
+            let other: String = other.escape_default().take(32).collect();
+            problems.say(format!("store = \"{other}\" is neither `sealed` nor `aws`"));
+        }
+    }
+    StoreChoice::Sealed
+}
+
+/// INVARIANT: a list that was written is never one that admits everybody.
+fn source_addresses(texts: Option<&[String]>, problems: &mut Problems<'_>) -> Vec<IpNet> {
+    if texts.is_some_and(<[String]>::is_empty) {
+        problems.say(
+            "source_addresses = [] names nobody; name ranges, or leave the key out to admit everyone"
+                .to_owned(),
+        );
+    }
+    each("source_addresses", texts.unwrap_or_default(), parse_range, problems)
 }
 
 /// Parses each text of a list that has a bound.
 fn each<T>(
     key: &str,
-    texts: Option<Vec<String>>,
+    texts: &[String],
     parse: impl Fn(&str) -> Result<T, String>,
-) -> Result<Vec<T>, String> {
+    problems: &mut Problems<'_>,
+) -> Vec<T> {
     const MOST: usize = 256;
-    let texts = texts.unwrap_or_default();
     if texts.len() > MOST {
-        return Err(format!("{key}: {} given; at most {MOST} are permitted", texts.len()));
+        problems.say(format!("{key}: {} given; at most {MOST} are permitted", texts.len()));
+        return Vec::new();
     }
-    texts.iter().map(|text| parse(text).map_err(|problem| format!("{key}: {problem}"))).collect()
+    let parsed = texts.iter().map(|text| parse(text).map_err(|problem| format!("{key}: {problem}")));
+    parsed.filter_map(|parsed| problems.keep(parsed)).collect()
 }
 
 /// Refuses endpoints over plain HTTP that leave the machine, and a template that would map two secrets to one name.
-fn checked(aws: AwsSettings) -> Result<AwsSettings, String> {
-    for (key, endpoint) in [("aws.endpoint", &aws.endpoint), ("aws.sts_endpoint", &aws.sts_endpoint)] {
-        endpoint.as_deref().map_or(Ok(()), |endpoint| check_endpoint(key, endpoint))?;
-    }
+fn wrong_with(aws: &AwsSettings) -> Vec<String> {
+    let endpoints = [("aws.endpoint", &aws.endpoint), ("aws.sts_endpoint", &aws.sts_endpoint)];
+    let mut problems: Vec<String> = endpoints
+        .into_iter()
+        .filter_map(|(key, endpoint)| check_endpoint(key, endpoint.as_deref()?).err())
+        .collect();
     if aws.sts_endpoint.is_some() && aws.role_arn.is_none() {
-        return Err("aws.sts_endpoint is asked for a role alone; set aws.role_arn, or remove it".to_owned());
+        problems
+            .push("aws.sts_endpoint is asked for a role alone; set aws.role_arn, or remove it".to_owned());
     }
-    if let Some(template) = &aws.name_template
-        && template.matches("{name}").count() != 1
-    {
-        return Err("aws.name_template must hold `{name}` exactly once".to_owned());
+    let template = aws.name_template.as_deref();
+    if template.is_some_and(|template| template.matches("{name}").count() != 1) {
+        problems.push("aws.name_template must hold `{name}` exactly once".to_owned());
     }
-    Ok(aws)
+    problems
 }
 
 fn check_endpoint(key: &str, endpoint: &str) -> Result<(), String> {
@@ -379,8 +445,12 @@ mod tests {
         EnvironmentName::parse(text).unwrap()
     }
 
-    fn from_toml(text: &str) -> Result<Registry, EnvironmentError> {
+    fn all_from_toml(text: &str) -> Result<Registry, Vec<EnvironmentError>> {
         Registry::from_config(toml::from_str(text).unwrap())
+    }
+
+    fn from_toml(text: &str) -> Result<Registry, EnvironmentError> {
+        all_from_toml(text).map_err(|problems| problems.into_iter().next().unwrap())
     }
 
     #[test]
@@ -396,6 +466,7 @@ mod tests {
             "[a]\nstore = \"etcd\"",
             "[a]\nparent = \"b\"",
             "[a]\nparent = \"b\"\n[b]\nparent = \"a\"",
+            "[a]\nparent = \"a\"",
             "[a]\nprotected = true\naudit = \"relaxed\"",
             "[a]\nstore = \"aws\"\naws.endpoint = \"http://10.0.0.1\"",
             "[a]\nstore = \"aws\"\naws.name_template = \"fixed\"",
@@ -410,7 +481,8 @@ mod tests {
     fn both_endpoints_are_under_one_rule() {
         let role = "role_arn = \"arn:aws:iam::123456789012:role/claviger\"";
         for key in ["endpoint", "sts_endpoint"] {
-            let table = |url: &str| from_toml(&format!("[a.aws]\n{role}\n{key} = \"{url}\""));
+            let table =
+                |url: &str| from_toml(&format!("[a]\nstore = \"aws\"\n[a.aws]\n{role}\n{key} = \"{url}\""));
             for fine in
                 ["https://vpce-1.example.com", "http://127.0.0.1:5000", "http://[::1]:1", "http://localhost"]
             {
@@ -430,8 +502,97 @@ mod tests {
                 assert!(error.contains(&format!("aws.{key} ")) && error.contains(said), "{error}");
             }
         }
-        let alone = from_toml("[a.aws]\nsts_endpoint = \"https://sts.example.com\"").unwrap_err().to_string();
+        let alone = "[a]\nstore = \"aws\"\naws.sts_endpoint = \"https://sts.example.com\"";
+        let alone = from_toml(alone).unwrap_err().to_string();
         assert!(alone.contains("set aws.role_arn"), "{alone}");
+    }
+
+    #[test]
+    fn a_table_aws_alone_moves_no_secrets() {
+        for table in ["region = \"eu-central-1\"", ""] {
+            let said = from_toml(&format!("[a.aws]\n{table}")).unwrap_err().to_string();
+            assert!(said.contains("write store = \"aws\" beside it"), "{said}");
+        }
+        let both = from_toml("[a]\nstore = \"aws\"\naws.region = \"eu-central-1\"").unwrap();
+        assert!(matches!(both.get(&name("a")).unwrap().store, StoreChoice::Aws(_)));
+        assert!(from_toml("[a]\nstore = \"sealed\"\naws.region = \"eu-central-1\"").is_err());
+    }
+
+    #[test]
+    fn an_emptied_list_opens_nothing() {
+        let said = from_toml("[a]\nsource_addresses = []").unwrap_err().to_string();
+        assert!(said.contains("leave the key out to admit everyone"), "{said}");
+        let away = Some("203.0.113.1".parse().unwrap());
+        let left_out = from_toml("[a]").unwrap();
+        assert!(left_out.get(&name("a")).unwrap().admits(away));
+        let named = from_toml("[a]\nuncached = []\nsource_addresses = [\"10.0.0.0/8\"]").unwrap();
+        assert!(!named.get(&name("a")).unwrap().admits(away));
+    }
+
+    #[test]
+    fn a_range_that_would_fit_nobody_is_refused() {
+        for mapped in ["::ffff:10.0.0.0/104", "::ffff:10.0.0.1/104", "::ffff:10.0.0.1", "::ffff:0:0/96"] {
+            let said = parse_range(mapped).unwrap_err();
+            assert!(said.contains("write them as IPv4"), "{mapped}: {said}");
+            let table = from_toml(&format!("[a]\nsource_addresses = [\"{mapped}\"]"));
+            assert!(table.unwrap_err().to_string().contains("source_addresses: "), "{mapped}");
+        }
+        for fine in ["::/0", "fd00::/8", "2001:db8::1", "10.0.0.0/8", "0.0.0.0/0"] {
+            assert!(parse_range(fine).is_ok(), "{fine}");
+        }
+    }
+
+    #[test]
+    fn all_that_is_wrong_is_said_and_each_where_it_is() {
+        let text = r#"
+            [a]
+            ttl = "5"
+            negative_ttl = "1h"
+            store = "etcd"
+            uncached = ["a b*", "fine", "c d*"]
+            [b]
+            parent = "c"
+            source_addresses = []
+            [c]
+            parent = "d"
+            protected = true
+            audit = "relaxed"
+            [e]
+            parent = "f"
+            [f]
+            parent = "g"
+            [g]
+            parent = "f"
+            [h]
+            parent = "a"
+            [h.aws]
+            endpoint = "http://10.0.0.1"
+            sts_endpoint = "x"
+            name_template = "fixed"
+        "#;
+        let problems = all_from_toml(text).unwrap_err();
+        let said: Vec<String> = problems.iter().map(ToString::to_string).collect();
+        let beginnings = [
+            "a: ttl: ",
+            "a: negative_ttl = ",
+            "a: store = ",
+            "a: uncached: `a b*`",
+            "a: uncached: `c d*`",
+            "b: source_addresses = []",
+            "h: aws.endpoint ",
+            "h: aws.sts_endpoint must",
+            "h: aws.sts_endpoint is asked",
+            "h: aws.name_template ",
+            "h: aws without store",
+            "c: audit = ",
+            "c: parent `d` is not declared",
+            "f: parent `g` inherits",
+            "g: parent `f` inherits",
+        ];
+        for (said, beginning) in said.iter().zip(beginnings) {
+            assert!(said.starts_with(&format!("environments.{beginning}")), "{said} (wanted {beginning})");
+        }
+        assert_eq!(said.len(), beginnings.len(), "{said:#?}");
     }
 
     #[test]

@@ -40,7 +40,8 @@ pub(super) fn check(
         cut => {
             let segment = segment::file_name(found.segment.map_or(1, |(first, _)| first));
             let lost = |problem| Notice::Lost { segment: segment.clone(), problem };
-            Ok(cut.into_iter().chain(brought_back(settings, found)).map(lost).collect())
+            let told = settings.losses.iter().cloned();
+            Ok(cut.into_iter().chain(brought_back(settings, found)).chain(told).map(lost).collect())
         }
     }
 }

@@ -43,6 +43,9 @@ pub struct Settings {
     /// [`generation`](Self::generation) than it vouches for, and records each as lost. Checkpoints then vouch for the
     /// stores as they are. Default `false`.
     pub accept_loss: bool,
+    /// What else was lost, in words, that the owner of the log knows of and its chain can't tell: the key that signed it
+    /// before. Recorded where a loss is [accepted](Self::accept_loss). Default none.
+    pub losses: Vec<String>,
     /// The keys that signed this log before the one that it is opened with, oldest first. They are only passed on, by
     /// [`Log::verifying_keys`]. Default none.
     pub former_keys: Vec<VerifyingKey>,
@@ -60,6 +63,7 @@ impl Settings {
             generation: Arc::new(|| 0),
             expected: None,
             accept_loss: false,
+            losses: Vec::new(),
             former_keys: Vec::new(),
         }
     }
@@ -74,6 +78,7 @@ impl fmt::Debug for Settings {
             .field("retention", &self.retention)
             .field("expected", &self.expected)
             .field("accept_loss", &self.accept_loss)
+            .field("losses", &self.losses)
             .field("former_keys", &self.former_keys)
             .finish_non_exhaustive()
     }

@@ -8,9 +8,12 @@
 //!
 //! A report is a claim: that the secret has the version, or ever had, is not looked up, because a consumer that runs on
 //! one that is gone is the very thing to know. What is checked is who reports: a consumer's name belongs to the principal
-//! that used it first, until nobody reported it for [`KEPT`].
+//! that used it first, until nobody reported it for [`KEPT`]. A principal has few names of one secret, so that none can
+//! fill the list with names that it made up.
+//!
+//! INVARIANT: whoever watches a secret is told of before those who only reported; no report hides a watcher.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,6 +33,8 @@ use crate::store::{Freshness, StoreError};
 
 /// How many consumers of one secret are kept.
 pub const MAX_CONSUMERS: usize = 1_000;
+/// Under how many names one principal may report for one secret.
+pub const NAMES_PER_PRINCIPAL: usize = 16;
 /// How long a consumer is kept that does not report any more.
 pub const KEPT: Duration = Duration::from_secs(30 * 86_400);
 
@@ -134,6 +139,18 @@ pub enum ConsumersError {
     /// There are as many as are kept.
     #[error("secret {0} has {MAX_CONSUMERS} consumers, which is all that are kept; report under fewer names")]
     Full(SecretId),
+    /// The principal has as many names as it may.
+    #[error(
+        "{principal} reports under {NAMES_PER_PRINCIPAL} names for {id}, which is all that one caller may; report under \
+         fewer names, or wait until old ones are forgotten, {days} days after their last report",
+        days = KEPT.as_secs() / 86_400
+    )]
+    Crowded {
+        /// Who reports.
+        principal: String,
+        /// Of which secret.
+        id: SecretId,
+    },
     /// A record is not what this broker wrote.
     #[error(
         "what is kept of the consumers of {0} was changed by something other than this broker; restore the database"
@@ -151,7 +168,7 @@ impl Reasoned for ConsumersError {
     fn reason(&self) -> Reason {
         match self {
             Self::Taken { .. } => Reason::Conflict,
-            Self::Full(_) => Reason::LimitExceeded,
+            Self::Full(_) | Self::Crowded { .. } => Reason::LimitExceeded,
             Self::Tampered(_) => Reason::Tampered,
             Self::Contended(_) => Reason::StoreUnavailable,
             Self::Kv(error) => error.reason(),
@@ -170,13 +187,15 @@ pub struct Consumers {
     kv: Arc<dyn Kv>,
     key: Arc<MacKey>,
     clock: SharedClock,
+    /// One new name at a time, so that no two of them count what is there and find the same room.
+    adding: tokio::sync::Mutex<()>,
 }
 
 impl Consumers {
     /// Those that are kept in `kv` under `key`.
     #[must_use]
     pub const fn new(kv: Arc<dyn Kv>, key: Arc<MacKey>, clock: SharedClock) -> Self {
-        Self { kv, key, clock }
+        Self { kv, key, clock, adding: tokio::sync::Mutex::const_new(()) }
     }
 
     /// Keeps what `principal` says of a consumer.
@@ -196,9 +215,14 @@ impl Consumers {
                 let (name, id, principal) = (said.consumer.clone(), said.id.clone(), kept.principal.clone());
                 return Err(ConsumersError::Taken { name, id, principal });
             }
-            if entry.is_none() {
-                self.make_room(&said.id, now).await?;
-            }
+            let _adding = match kept {
+                Some(_) => None,
+                None => {
+                    let adding = self.adding.lock().await;
+                    self.make_room(principal, &said.id, now).await?;
+                    Some(adding)
+                }
+            };
             let same = kept.filter(|kept| kept.version_id == said.version_id);
             let reported = Reported {
                 principal: principal.to_owned(),
@@ -253,9 +277,14 @@ impl Consumers {
         }
     }
 
-    /// A consumer that is new needs room, which those who are over make.
-    async fn make_room(&self, id: &SecretId, now: Timestamp) -> Result<(), ConsumersError> {
+    /// A name that is new needs room: among its principal's own, and among all, where those who are over make it.
+    async fn make_room(&self, principal: &str, id: &SecretId, now: Timestamp) -> Result<(), ConsumersError> {
         let there = self.kv.range(&prefix(id), &[], MAX_CONSUMERS).await?.entries;
+        let is_own = |reported: &Reported| reported.principal == principal && !reported.is_over(now);
+        let own = there.iter().filter(|entry| self.read(entry).is_ok_and(|reported| is_own(&reported)));
+        if own.count() >= NAMES_PER_PRINCIPAL {
+            return Err(ConsumersError::Crowded { principal: principal.to_owned(), id: id.clone() });
+        }
         if there.len() < MAX_CONSUMERS || self.forget_old(&there, now).await? > 0 {
             return Ok(());
         }
@@ -298,7 +327,8 @@ impl Broker {
     ///
     /// # Errors
     /// [`BrokerError`]; needs [`Action::Read`] on the secret, which has to exist. [`Reason::Conflict`] where another
-    /// principal goes by the consumer's name.
+    /// principal goes by the consumer's name; [`Reason::LimitExceeded`] where the principal has [`NAMES_PER_PRINCIPAL`]
+    /// others, or the secret [`MAX_CONSUMERS`].
     pub async fn report_version_in_use(&self, call: &Call, said: VersionInUse) -> Result<bool, BrokerError> {
         const OPERATION: &str = "report_version";
         let resource = Resource::Secret(said.id.clone());
@@ -325,7 +355,8 @@ impl Broker {
         Ok(current)
     }
 
-    /// Who uses a secret: who reported, and who watches it now, by their names.
+    /// Who uses a secret: first who watches it now, then who only reported, each by their names; at most
+    /// [`MAX_CONSUMERS`], so that reports never hide a watcher.
     ///
     /// # Errors
     /// [`BrokerError`]; needs [`Action::Describe`].
@@ -353,29 +384,36 @@ impl Broker {
         let mut versions = described.versions.into_iter();
         let current = versions.find(|version| version.labels.contains(&Label::Current));
         let current = current.map(|version| version.id);
-        let mut found = BTreeMap::new();
-        for (name, principal, reported) in self.parts.consumers.of(id).await? {
-            let consumer = Consumer {
-                name: name.clone(),
-                principal: principal.clone(),
-                current: current.as_ref() == Some(&reported.version_id),
-                reported: Some(reported),
-                watching: false,
-            };
-            found.insert((name, principal), consumer);
-        }
-        for (name, principal) in self.parts.feed.watchers(id) {
-            let silent = Consumer {
-                name: name.clone(),
-                principal: principal.clone(),
-                reported: None,
-                current: false,
-                watching: true,
-            };
-            found.entry((name, principal)).or_insert(silent).watching = true;
-        }
-        Ok(found.into_values().take(MAX_CONSUMERS).collect())
+        let reports = self.parts.consumers.of(id).await?;
+        let watchers = self.parts.feed.watchers(id, MAX_CONSUMERS);
+        Ok(listed(reports, watchers, current.as_ref()))
     }
+}
+
+/// Those who watch, by their names, and then those who only reported: what is cut off are reports.
+fn listed(
+    reports: Vec<(ConsumerName, String, Reported)>,
+    watchers: BTreeSet<(ConsumerName, Arc<str>)>,
+    current: Option<&VersionId>,
+) -> Vec<Consumer> {
+    let mut reports: BTreeMap<_, _> =
+        reports.into_iter().map(|(name, principal, reported)| ((name, principal), reported)).collect();
+    let consumer = |(name, principal), reported: Option<Reported>, watching| Consumer {
+        current: reported.as_ref().is_some_and(|reported| current == Some(&reported.version_id)),
+        name,
+        principal,
+        reported,
+        watching,
+    };
+    let mut found = Vec::new();
+    for (name, principal) in watchers {
+        let who = (name, principal.to_string());
+        let reported = reports.remove(&who);
+        found.push(consumer(who, reported, true));
+    }
+    found.extend(reports.into_iter().map(|(who, reported)| consumer(who, Some(reported), false)));
+    found.truncate(MAX_CONSUMERS);
+    found
 }
 
 /// What the keys of a secret's consumers start with. No name has a NUL.
@@ -463,7 +501,7 @@ mod tests {
         let one = |n: usize| {
             let said = said(&format!("a-{n}"), 1);
             let key = key(&said.id, &said.consumer);
-            let principal = "Workload::\"a\"".to_owned();
+            let principal = format!("Workload::\"p-{}\"", n / NAMES_PER_PRINCIPAL);
             let reported = Reported { principal, version_id: said.version_id, since: now, reported_at: now };
             Write::put(key.clone(), consumers.written(&key, &reported).unwrap())
         };
@@ -471,9 +509,60 @@ mod tests {
         kv.commit(Transaction { compare: Vec::new(), write }).await.unwrap();
         let error = consumers.report("Workload::\"a\"", &said("one-more", 1)).await.unwrap_err();
         assert_eq!(error.reason(), Reason::LimitExceeded);
-        consumers.report("Workload::\"a\"", &said("a-0", 2)).await.unwrap();
+        assert!(matches!(error, ConsumersError::Full(_)), "{error}");
+        consumers.report("Workload::\"p-0\"", &said("a-0", 2)).await.unwrap();
         clock.advance(KEPT + Duration::from_secs(1));
         consumers.report("Workload::\"a\"", &said("one-more", 1)).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_principal_has_few_names_of_a_secret_however_many_come_at_once() {
+        let Bench { clock, consumers, _folder, .. } = bench().await;
+        let (a, b) = ("Workload::\"a\"", "Workload::\"b\"");
+        let all: Vec<_> = (0..3 * NAMES_PER_PRINCIPAL).map(|n| said(&format!("a-{n}"), 1)).collect();
+        let taken = futures_util::future::join_all(all.iter().map(|said| consumers.report(a, said))).await;
+        let (kept, refused): (Vec<_>, Vec<_>) = taken.into_iter().partition(Result::is_ok);
+        assert_eq!((kept.len(), refused.len()), (NAMES_PER_PRINCIPAL, 2 * NAMES_PER_PRINCIPAL));
+        let error = refused.into_iter().next().unwrap().unwrap_err();
+        assert_eq!(error.reason(), Reason::LimitExceeded);
+        let message = error.to_string();
+        for part in [a, "16 names", "report under fewer names", "30 days"] {
+            assert!(message.contains(part), "{message}");
+        }
+        let id = said("a", 1).id;
+        let names = consumers.of(&id).await.unwrap();
+        assert_eq!(names.len(), NAMES_PER_PRINCIPAL);
+        let again = VersionInUse { consumer: names[0].0.clone(), ..said("a", 2) };
+        consumers.report(a, &again).await.unwrap();
+        consumers.report(b, &said("b", 1)).await.unwrap();
+        let elsewhere = SecretId::parse("production", "other").unwrap();
+        consumers.report(a, &VersionInUse { id: elsewhere, ..said("new", 1) }).await.unwrap();
+        clock.advance(KEPT + Duration::from_secs(1));
+        consumers.report(a, &said("new", 1)).await.unwrap();
+    }
+
+    #[test]
+    fn no_report_hides_a_watcher() {
+        let id = said("a", 1).version_id;
+        let now: Timestamp = "2026-01-01T00:00:00Z".parse().unwrap();
+        let name = |text: &str| ConsumerName::parse(text).unwrap();
+        let reported = |principal: &str| Reported {
+            principal: principal.to_owned(),
+            version_id: id.clone(),
+            since: now,
+            reported_at: now,
+        };
+        let reports = (0..MAX_CONSUMERS).map(|n| (name(&format!("a-{n:04}")), "p".to_owned(), reported("p")));
+        let watchers = BTreeSet::from([(name("z"), "p".into()), (name("a-0007"), "p".into())]);
+        let found = listed(reports.collect(), watchers, Some(&id));
+        assert_eq!(found.len(), MAX_CONSUMERS);
+        let shown = |consumer: &Consumer| (consumer.name.to_string(), consumer.watching, consumer.current);
+        assert_eq!(shown(&found[0]), ("a-0007".to_owned(), true, true));
+        assert_eq!(shown(&found[1]), ("z".to_owned(), true, false), "it never said what it runs on");
+        assert_eq!(shown(&found[2]), ("a-0000".to_owned(), false, true));
+        assert!(found.iter().skip(2).all(|consumer| !consumer.watching));
+        let other = listed(vec![(name("a"), "p".to_owned(), reported("p"))], BTreeSet::new(), None);
+        assert!(!other[0].current);
     }
 
     #[tokio::test]

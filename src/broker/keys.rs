@@ -53,7 +53,8 @@ pub trait RootKeys: Send + Sync {
     /// Every key that is loaded or that something is under, the one in force first. Looks at all that is wrapped.
     ///
     /// # Errors
-    /// Where the key-value store fails.
+    /// Where the key-value store fails; [`Reason::Unavailable`] where there is so much that a call would take too long:
+    /// asked again, the answer may be there.
     async fn status(&self) -> Result<Vec<RootKeyInfo>, BrokerError>;
 
     /// Wraps everything by the newest key; where that is in a file and everything is under it already, makes a new one
@@ -61,7 +62,9 @@ pub trait RootKeys: Send + Sync {
     /// caller sees to it that there is one at a time.
     ///
     /// # Errors
-    /// Where something can't be opened, read or written; what was wrapped anew stays so.
+    /// Where something can't be opened, read or written; what was wrapped anew stays so. [`Reason::Conflict`] where
+    /// everything is under the newest key, and another is not the broker's to make: nothing is changed then, and for
+    /// `rewrap_only` it is no error.
     async fn rotate(
         &self,
         rewrap_only: bool,

@@ -453,9 +453,19 @@ impl Verified {
                 "; LOSSES: {losses} `lost` records tell of what was deleted, replaced or brought back"
             ),
         };
-        let unanchored = self.unanchored;
-        lines.push(format!("{verdict}{lost}; UNANCHORED: {unanchored} records follow the last checkpoints"));
+        lines.push(format!("{verdict}{lost}{}", self.anchored()));
         lines.join("\n")
+    }
+
+    /// What the last checkpoints reach. Nothing is said to be anchored in a log that has faults.
+    fn anchored(&self) -> String {
+        match (self.unanchored, self.clean) {
+            (0, true) => "; everything is anchored: no record follows the last checkpoints".to_owned(),
+            (0, false) => String::new(),
+            (unanchored, _) => {
+                format!("; UNANCHORED: {unanchored} records follow the last checkpoints")
+            }
+        }
     }
 }
 
@@ -732,7 +742,7 @@ mod tests {
                     "broker-1: records 1 to 9, 2 checkpoints, 0 unanchored, 1 losses, 2 repairs, 40 torn bytes, \
                      shut down in good order; anchor broker-1:9:{hash}\n\
                      the log is whole; LOSSES: 1 `lost` records tell of what was deleted, replaced or brought back; \
-                     UNANCHORED: 0 records follow the last checkpoints"
+                     everything is anchored: no record follows the last checkpoints"
                 )
             );
             let json = serde_json::to_value(&verified).unwrap();
@@ -747,7 +757,7 @@ mod tests {
     fn findings_left_out_are_counted() {
         let online = Verified::from(v1::VerifyResponse { more_findings: 7, ..Default::default() });
         assert!(!online.clean);
-        assert!(online.text().starts_with("7 more findings\n"), "{}", online.text());
+        assert_eq!(online.text(), "7 more findings\nthe log has faults; keep it as evidence");
         assert_eq!(serde_json::to_value(&online).unwrap()["more_findings"], 7);
     }
 

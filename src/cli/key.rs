@@ -157,10 +157,16 @@ impl From<v1::RotateRootKeyResponse> for Rotated {
 impl Rotated {
     fn text(&self) -> String {
         let Self { root_key_id, total, rewrapped, retired } = self;
-        let earlier = match retired {
-            Some(path) => format!("the earlier key is in {}, for backups made until now", output::printable(path)),
-            None => "no new key was made, and root_key.previous can go; keep what it named for backups made until now"
-                .to_owned(),
+        let earlier = match (retired, rewrapped) {
+            (Some(path), _) => {
+                format!("the earlier key is in {}, for backups made until now", output::printable(path))
+            }
+            (None, 0) => "everything was under it already, and no new key was made".to_owned(),
+            // No file gave way, so what it was under is what the configuration names.
+            (None, _) => {
+                "no new key was made, and root_key.previous can go; keep what it named for backups made until now"
+                    .to_owned()
+            }
         };
         format!("root key {root_key_id}: in force, {rewrapped} of {total} keys wrapped anew; {earlier}")
     }
@@ -230,10 +236,10 @@ mod tests {
     use crate::error::Reason;
     use std::os::unix::fs::PermissionsExt as _;
 
-    fn ended(retired: &str) -> Rotated {
+    fn ended(retired: &str, rewrapped: u64) -> Rotated {
         Rotated::from(v1::RotateRootKeyResponse {
             total: 12,
-            rewrapped: 7,
+            rewrapped,
             finished: true,
             root_key_id: "abc".to_owned(),
             retired: retired.to_owned(),
@@ -243,12 +249,15 @@ mod tests {
 
     #[test]
     fn the_end_says_where_the_earlier_key_is() {
-        let text = ended("/k/root.key.retired-1").text();
+        let text = ended("/k/root.key.retired-1", 7).text();
         assert!(text.starts_with("root key abc: in force, 7 of 12 keys wrapped anew; "), "{text}");
         assert!(text.contains("/k/root.key.retired-1"), "{text}");
-        let text = ended("").text();
-        assert!(text.contains("no new key was made") && text.contains("previous"), "{text}");
-        let json = serde_json::to_string(&ended("")).unwrap();
+        let text = ended("", 7).text();
+        assert!(text.contains("no new key was made") && text.contains("root_key.previous can go"), "{text}");
+        let text = ended("", 0).text();
+        assert!(text.contains("0 of 12 keys wrapped anew; everything was under it already"), "{text}");
+        assert!(!text.contains("previous"), "none may be configured: {text}");
+        let json = serde_json::to_string(&ended("", 7)).unwrap();
         assert_eq!(json, r#"{"root_key_id":"abc","total":12,"rewrapped":7,"retired":null}"#);
     }
 

@@ -13,7 +13,7 @@ use super::Context;
 use super::exit::{CliError, Exit};
 use crate::config::Resolved;
 use crate::config::assembly::Running;
-use crate::config::check::{Finding, Level, check};
+use crate::config::check::{Finding, Level, check_text};
 use crate::error::Reason;
 use crate::server::admin::BoundAdmin;
 use crate::telemetry;
@@ -44,11 +44,11 @@ pub(super) async fn run(args: Args, context: &Context) -> Result<Exit, CliError>
     let file = args.config.display().to_string();
     let text = read(&args.config)
         .map_err(|problem| CliError::new(Reason::InvalidConfig, format!("{file}: {problem}")))?;
-    let mut resolved = Resolved::from_text(&text, &file)?;
     if args.check {
-        let findings = check(&resolved, &variables(context), args.online, &context.clock).await;
+        let findings = check_text(&text, &file, &variables(context), args.online, &context.clock).await;
         return report(context, &file, &findings);
     }
+    let mut resolved = Resolved::from_text(&text, &file)?;
     resolved.accept_loss = args.accept_loss;
     // Before anything is opened, so that no signal finds a broker that can't end in good order.
     let stopped = stop_on_signal(Hangup::Reloads)?;
@@ -148,7 +148,8 @@ pub(super) enum Hangup {
     Stops,
 }
 
-/// Turns true with the first SIGTERM or SIGINT, and with SIGHUP where it means that.
+/// Turns true with the first SIGTERM or SIGINT, and with SIGHUP where it means that. The second SIGTERM or SIGINT ends
+/// the process where it stands: nothing that was acknowledged depends on an orderly end.
 pub(super) fn stop_on_signal(hangup: Hangup) -> Result<watch::Receiver<bool>, CliError> {
     let failed =
         |error: std::io::Error| CliError::new(Reason::Internal, format!("signals can't be handled: {error}"));
@@ -170,6 +171,12 @@ pub(super) fn stop_on_signal(hangup: Hangup) -> Result<watch::Receiver<bool>, Cl
             _ = interrupt.recv() => {}
         }
         let _ = stop.send(true);
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::warn!("told twice to end: ending at once");
+        std::process::exit(1);
     });
     Ok(stopped)
 }

@@ -1,6 +1,7 @@
 //! Where a broker listens, as people write it.
 
 use std::fmt;
+use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
 
 use http::Uri;
@@ -106,7 +107,19 @@ fn origin(text: &str) -> Result<Uri, &'static str> {
     if !matches!(uri.path(), "" | "/") || uri.query().is_some() {
         return Err("has a path or a query; write http://127.0.0.1:port or https://host:port");
     }
+    // The URL library takes a port that is none for no port at all.
+    if !authority.as_str().strip_prefix(authority.host()).is_some_and(is_port) {
+        return Err("has a port that is not a number from 1 to 65535");
+    }
     Ok(uri)
+}
+
+/// Whether what stands behind a host is a port, or nothing.
+fn is_port(behind: &str) -> bool {
+    behind.is_empty()
+        || behind.strip_prefix(':').is_some_and(|port| {
+            port.bytes().all(|byte| byte.is_ascii_digit()) && port.parse::<NonZeroU16>().is_ok()
+        })
 }
 
 /// An address that plain HTTP may be spoken to.
@@ -142,7 +155,13 @@ mod tests {
         ] {
             assert!(matches!(Address::parse(good), Ok(Address::Http(_))), "{good}");
         }
-        for good in ["https://broker.example:8400", "https://10.0.0.1", "https://[2001:db8::1]:1/"] {
+        for good in [
+            "https://broker.example:8400",
+            "https://10.0.0.1",
+            "https://[2001:db8::1]",
+            "https://[2001:db8::1]:1/",
+            "https://broker.example:65535",
+        ] {
             assert!(matches!(Address::parse(good), Ok(Address::Https(_))), "{good}");
         }
         assert_eq!(
@@ -167,6 +186,15 @@ mod tests {
             ("http://me@127.0.0.1", "user name"),
             ("http://127.0.0.1/v1", "path"),
             ("http://127.0.0.1?x=1", "path"),
+            ("https://localhost:99999", "port that is not a number from 1 to 65535"),
+            ("https://localhost:65536", "port"),
+            ("https://localhost:0", "port"),
+            ("https://localhost:", "port"),
+            ("https://localhost:+80/", "port"),
+            ("https://localhost:https", "port"),
+            ("https://[::1]:99999", "port"),
+            ("http://127.0.0.1:99999", "port"),
+            ("http://[::1]:0", "port"),
             ("http://", "URL"),
             ("https://me@broker.example", "user name"),
             ("https://broker.example/v1", "path"),

@@ -257,7 +257,7 @@ impl Client {
             let request = request.clone();
             async move { secrets.put_secret(request).await }
         };
-        wire::written(&self.session.ask(Again::Harmless, send).await?)
+        wire::written(&self.session.ask(Again::Repeatable, send).await?)
     }
 
     /// Makes an earlier version current again: `to`, or the one before (AWSPREVIOUS).
@@ -344,7 +344,7 @@ impl Client {
             let request = request.clone();
             async move { secrets.report_version_in_use(request).await }
         };
-        Ok(self.session.ask(Again::Harmless, send).await?.current)
+        Ok(self.session.ask(Again::Repeatable, send).await?.current)
     }
 
     /// Who uses a secret, and which version of it.

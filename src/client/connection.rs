@@ -4,14 +4,16 @@ use std::fmt;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
+use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{self, Poll};
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
 use http::Uri;
+use hyper::body::{Body as HttpBody, Frame, SizeHint};
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tonic::body::Body;
@@ -24,8 +26,9 @@ use tower::Service;
 use zeroize::Zeroizing;
 
 use super::address::{Address, MEND};
-use super::error::{ClientError, chain, root_cause};
-use super::tls::{Connector, PRESENT, TlsOptions, refused_certificate};
+use super::error::{ClientError, is_late, ours, root_cause};
+use super::network::Network;
+use super::tls::TlsOptions;
 use crate::error::Reason;
 use crate::proto::v1;
 use crate::secret::SecretValue;
@@ -90,7 +93,8 @@ impl Connection {
     ///
     /// # Errors
     /// As [`open`](Self::open); [`Reason::InvalidCertificate`] for files that can't be used. That a broker wants a
-    /// client certificate, or does not accept the one presented, shows at the first call.
+    /// client certificate, or does not accept the one presented, shows at the first call at the latest:
+    /// [`Reason::Unauthenticated`].
     pub async fn open_with(
         address: &Address,
         tls: &TlsOptions,
@@ -177,24 +181,16 @@ impl Connection {
     }
 }
 
-/// A channel that says what its failures mean: what the transport has to say of a refused certificate helps nobody.
+/// A channel that says what its failures mean, and whether they leave a doubt: what the transport says helps nobody.
 #[derive(Debug, Clone)]
 pub struct Line {
     channel: Channel,
-    encryption: Option<Arc<Encryption>>,
-}
-
-#[derive(Debug)]
-struct Encryption {
-    /// Whether this side presents a certificate.
-    presents: bool,
-    /// Whether the broker ever answered, so that it has accepted what was presented.
-    answered: AtomicBool,
+    network: Option<Arc<Network>>,
 }
 
 impl Line {
     async fn open(address: &Address, tls: &TlsOptions, deadline: Duration) -> Result<Self, ClientError> {
-        let mut encryption = None;
+        let mut network = None;
         let channel = match address {
             Address::Unix(path) => {
                 let path: Arc<Path> = path.as_path().into();
@@ -204,23 +200,19 @@ impl Line {
                 });
                 stand_in().connect_timeout(deadline).connect_with_connector(connector).await
             }
-            Address::Http(uri) => {
-                kept_alive(Endpoint::from(uri.clone())).connect_timeout(deadline).connect().await
-            }
-            Address::Https(uri) => {
-                encryption =
-                    Some(Encryption { presents: tls.identity.is_some(), answered: AtomicBool::new(false) });
-                let shared = Arc::new(Connector::new(uri, tls)?);
+            Address::Http(uri) | Address::Https(uri) => {
+                let shared = Arc::new(Network::new(address, uri, tls)?);
+                network = Some(Arc::clone(&shared));
                 let connector = tower::service_fn(move |_: Uri| {
-                    let connector = Arc::clone(&shared);
-                    async move { connector.connect().await.map(TokioIo::new) }
+                    let network = Arc::clone(&shared);
+                    async move { network.connect().await.map(TokioIo::new) }
                 });
                 let endpoint = kept_alive(stand_in()).origin(uri.clone()).connect_timeout(deadline);
                 endpoint.connect_with_connector(connector).await
             }
         };
         let channel = channel.map_err(|error| unreachable(address, &error))?;
-        Ok(Self { channel, encryption: encryption.map(Arc::new) })
+        Ok(Self { channel, network })
     }
 }
 
@@ -246,57 +238,78 @@ impl Service<http::Request<Body>> for Line {
     }
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        let changes = changes(request.uri().path());
+        let network = self.network.clone();
         let answer = self.channel.call(request);
-        match self.encryption.clone() {
-            None => answer.map(|answer| answer.map_err(BoxError::from)).boxed(),
-            Some(encryption) => answer.map(move |answer| encryption.explained(answer)).boxed(),
-        }
-    }
-}
-
-impl Encryption {
-    fn explained<T>(&self, answer: Result<T, transport::Error>) -> Result<T, BoxError> {
-        match answer {
-            Ok(answer) => {
-                self.answered.store(true, Ordering::Relaxed);
-                Ok(answer)
+        async move {
+            match answer.await {
+                Ok(answer) if changes => Ok(answer.map(|body| Body::new(Doubtful(body)))),
+                Ok(answer) => Ok(answer),
+                Err(error) => Err(BoxError::from(explained(error, changes, network.as_deref()).await)),
             }
-            Err(error) => Err(match self.meaning(&error) {
-                Some(meaning) => meaning.into(),
-                None => error.into(),
-            }),
         }
-    }
-
-    fn meaning(&self, error: &(dyn std::error::Error + 'static)) -> Option<ClientError> {
-        let known = |error: &(dyn std::error::Error + 'static)| {
-            error.is::<ClientError>() || error.is::<tonic::TimeoutExpired>()
-        };
-        if chain(error).any(known) {
-            return None;
-        }
-        if let Some(refused) = alert(error).and_then(|alert| refused_certificate(&alert, self.presents)) {
-            return Some(refused);
-        }
-        // The alert is lost where this side was still writing when the broker closed the connection.
-        let unheard = !self.presents && !self.answered.load(Ordering::Relaxed);
-        unheard.then(|| {
-            ClientError::unavailable(format!(
-                "the broker ended the connection before its first answer ({}); if it wants a client certificate, {PRESENT}",
-                root_cause(error)
-            ))
-        })
+        .boxed()
     }
 }
 
-/// The alert that ended a connection. Of the TLS library's error the HTTP/2 library keeps the text alone.
-fn alert(error: &(dyn std::error::Error + 'static)) -> Option<String> {
-    const SAID: &str = "received fatal alert: ";
-    chain(error).find_map(|error| {
-        let text = error.to_string();
-        let (_, behind) = text.split_once(SAID)?;
-        Some(behind.chars().take_while(char::is_ascii_alphanumeric).collect())
-    })
+/// Whether a call changes something, by its path (`/PACKAGE.SERVICE/METHOD`). One that is not known here does: rather a
+/// doubt too many than one too few.
+fn changes(path: &str) -> bool {
+    let (_, method) = path.rsplit_once('/').unwrap_or_default();
+    !matches!(
+        method,
+        "GetSecret"
+            | "BatchGetSecrets"
+            | "ListSecrets"
+            | "DescribeSecret"
+            | "WatchSecrets"
+            | "ListConsumers"
+            | "Check"
+            | "Explain"
+            | "Query"
+            | "Tail"
+            | "Verify"
+            | "ListTokens"
+            | "GetKeyStatus"
+            | "GetCacheStatistics"
+    )
+}
+
+async fn explained(error: transport::Error, changes: bool, network: Option<&Network>) -> ClientError {
+    let (found, late) = (ours(&error), is_late(&error));
+    if let Some(found) = found {
+        return found;
+    }
+    if let Some(network) = network.filter(|_| !late)
+        && let Some(meaning) = network.meaning().await
+    {
+        return meaning;
+    }
+    let failed = ClientError::from(Status::from_error(Box::new(error)));
+    if changes { failed.doubtful() } else { failed }
+}
+
+/// The answer to a call that changes something.
+struct Doubtful(Body);
+
+impl HttpBody for Doubtful {
+    type Data = Bytes;
+    type Error = ClientError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut task::Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, ClientError>>> {
+        Pin::new(&mut self.0).poll_frame(cx).map_err(|cut| ClientError::from(cut).doubtful())
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.0.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.0.size_hint()
+    }
 }
 
 /// What each call presents: the token, and by when an answer is wanted.
@@ -383,52 +396,58 @@ fn no_broker_at(path: &Path, error: &io::Error) -> String {
 }
 
 fn unreachable(address: &Address, error: &tonic::transport::Error) -> ClientError {
-    match chain(error).find_map(|error| error.downcast_ref::<ClientError>()) {
-        Some(ours) => ours.clone(),
-        None => ClientError::unavailable(format!("no broker at {address}: {}; {MEND}", root_cause(error))),
-    }
+    ours(error).unwrap_or_else(|| {
+        ClientError::unavailable(format!("no broker at {address}: {}; {MEND}", root_cause(error)))
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[derive(Debug, thiserror::Error)]
-    #[error("connection error")]
-    struct Outer(#[source] io::Error);
-
-    #[derive(Debug, thiserror::Error)]
-    #[error("connect error")]
-    struct Wrapping(#[source] ClientError);
-
-    fn ended_by(said: &str) -> Outer {
-        Outer(io::Error::new(io::ErrorKind::InvalidData, said.to_owned()))
-    }
-
-    fn encryption(presents: bool, answered: bool) -> Encryption {
-        Encryption { presents, answered: AtomicBool::new(answered) }
-    }
+    use prost::Message as _;
+    use std::collections::BTreeSet;
 
     #[test]
-    fn a_missing_certificate_is_said_as_such() {
-        let alert = ended_by("received fatal alert: CertificateRequired");
-        let meaning = encryption(false, false).meaning(&alert).unwrap();
-        assert_eq!(meaning.reason, Reason::Unauthenticated);
-        assert!(meaning.message.contains("wants a client certificate"), "{meaning}");
-        let meaning = encryption(true, true).meaning(&alert).unwrap();
-        assert!(meaning.message.contains("does not accept"), "{meaning}");
+    fn every_call_of_the_api_is_known_as_one_that_changes_something_or_not() {
+        let described = prost_types::FileDescriptorSet::decode(crate::proto::FILE_DESCRIPTOR_SET).unwrap();
+        let changing: BTreeSet<&str> = described
+            .file
+            .iter()
+            .flat_map(|file| &file.service)
+            .flat_map(|service| &service.method)
+            .filter_map(|method| method.name.as_deref())
+            .filter(|method| changes(&format!("/claviger.v1.Service/{method}")))
+            .collect();
+        let expected = [
+            "CreateToken",
+            "DeleteSecret",
+            "MoveLabel",
+            "PurgeCache",
+            "PutSecret",
+            "Reload",
+            "ReportVersionInUse",
+            "RestoreSecret",
+            "RevokeToken",
+            "RollbackSecret",
+            "RotateAuditKey",
+            "RotateRootKey",
+        ];
+        assert_eq!(changing.into_iter().collect::<Vec<_>>(), expected);
+        assert!(changes("/claviger.v2.SecretService/FromTheFuture"));
     }
 
-    #[test]
-    fn a_connection_that_ends_at_once_is_suspected() {
-        let cut = ended_by("connection reset by peer");
-        let meaning = encryption(false, false).meaning(&cut).unwrap();
-        assert_eq!(meaning.reason, Reason::Unavailable, "it may have been the network");
-        assert!(meaning.message.contains("--client-cert"), "{meaning}");
-        assert_eq!(encryption(false, true).meaning(&cut), None);
-        assert_eq!(encryption(true, false).meaning(&cut), None);
-        let ours = Wrapping(ClientError::unavailable("no broker"));
-        assert_eq!(encryption(false, false).meaning(&ours), None, "it says what is wrong itself");
+    #[tokio::test]
+    async fn an_answer_that_is_cut_leaves_doubt_about_a_change() {
+        let cut = || {
+            let mut cut = Status::internal("h2 protocol error");
+            cut.set_source(Arc::new(io::Error::from(io::ErrorKind::BrokenPipe)));
+            futures_util::stream::iter([Err::<Bytes, _>(cut)])
+        };
+        let mut body = Body::new(Doubtful(Body::new(axum::body::Body::from_stream(cut()))));
+        let frame = std::future::poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await;
+        let error = ClientError::from(frame.unwrap().unwrap_err());
+        assert_eq!(error.reason, Reason::Unavailable);
+        assert!(error.message.ends_with("; a change may still take effect"), "{error}");
     }
 
     #[tokio::test]

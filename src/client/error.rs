@@ -11,6 +11,8 @@ use crate::secret::{FieldError, LabelError, NameError, ValueError};
 
 /// The domain of every [`Reason`] on the wire.
 const DOMAIN: &str = "claviger";
+/// What is said where nobody knows whether a change was made.
+const DOUBT: &str = "; a change may still take effect";
 
 /// Why a call was not answered as asked.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -50,6 +52,20 @@ impl ClientError {
     pub fn malformed(what: &str) -> Self {
         let message = format!("the broker's answer {what}; is it of another version?");
         Self::new(Reason::Internal, Code::Internal, message)
+    }
+
+    /// The deadline passed, and there was no answer.
+    pub(super) fn late(message: impl Into<String>) -> Self {
+        Self::new(Reason::DeadlineExceeded, Code::DeadlineExceeded, message)
+    }
+
+    /// The same, of a call that changes something: nobody knows whether it did.
+    #[must_use]
+    pub(super) fn doubtful(mut self) -> Self {
+        if !self.message.contains(DOUBT) {
+            self.message.push_str(DOUBT);
+        }
+        self
     }
 
     /// Whether the same call is worth another try, a little later: the broker or its store was away, or one of them
@@ -97,8 +113,8 @@ from_local!(NameError, LabelError, ValueError, FieldError);
 
 impl From<Status> for ClientError {
     fn from(status: Status) -> Self {
-        if let Some(ours) = chain(&status).find_map(|error| error.downcast_ref::<Self>()) {
-            return ours.clone();
+        if let Some(ours) = ours(&status) {
+            return ours;
         }
         let info = status.get_details_error_info().filter(|info| info.domain == DOMAIN);
         let Some(mut info) = info else { return without_details(&status) };
@@ -123,26 +139,35 @@ impl From<v1::Problem> for ClientError {
 /// A status that no broker wrote: the transport's own, or another server's.
 fn without_details(status: &Status) -> ClientError {
     let code = status.code();
-    if chain(status).any(|error| error.is::<tonic::TimeoutExpired>()) {
-        let message =
-            "the deadline passed before there was an answer; a change may still take effect; raise --timeout";
-        return ClientError::new(Reason::DeadlineExceeded, Code::DeadlineExceeded, message);
+    if is_late(status) {
+        return ClientError::late("the deadline passed before there was an answer; raise --timeout");
     }
     let said = shown(status.message());
     // What came over the wire has no source; the transport's own failures have, whatever code they are given.
     let code = if code == Code::Internal && status.source().is_some() { Code::Unavailable } else { code };
     match code {
         Code::Unavailable | Code::Unknown | Code::Cancelled => {
-            let cause = status.source().map_or(said, root_cause);
-            ClientError::unavailable(format!(
-                "the connection to the broker failed: {cause}; a change may still take effect"
-            ))
+            ClientError::unavailable(failed(&status.source().map_or(said, root_cause)))
         }
         Code::Unimplemented => {
             let message = "the broker does not know this call; is it of another version?";
             ClientError::new(Reason::Unsupported, code, message)
         }
         code => ClientError::new(presumed(code), code, format!("the broker answered {code:?}: {said}")),
+    }
+}
+
+/// What a failure of the connection comes to, from what the libraries have to say of it.
+fn failed(said: &str) -> String {
+    const ENDED: [&str; 5] =
+        ["close_notify", "broken pipe", "reset by peer", "connection closed", "not a result of an error"];
+    let lower = said.to_ascii_lowercase();
+    match ENDED.iter().any(|words| lower.contains(words)) {
+        true => format!(
+            "the broker ended the connection ({said}), perhaps because it stops or, over https://, because it no \
+             longer trusts the client certificate; try again, or look into its log"
+        ),
+        false => format!("the connection to the broker failed: {said}"),
     }
 }
 
@@ -168,8 +193,20 @@ pub(super) fn chain<'e>(error: &'e (dyn Error + 'static)) -> impl Iterator<Item 
     std::iter::successors(Some(error), |error| (*error).source())
 }
 
+/// What this side found wrong itself, wherever in the chain it is.
+pub(super) fn ours(error: &(dyn Error + 'static)) -> Option<ClientError> {
+    chain(error).find_map(|error| error.downcast_ref::<ClientError>()).cloned()
+}
+
+/// Whether the deadline that a call had on this side passed.
+pub(super) fn is_late(error: &(dyn Error + 'static)) -> bool {
+    chain(error).any(|error| error.is::<tonic::TimeoutExpired>())
+}
+
+/// What is at the bottom of an error, without the page of a library's manual that some of them point to.
 pub(super) fn root_cause(error: &(dyn Error + 'static)) -> String {
-    chain(error).last().map(|error| shown(&error.to_string())).unwrap_or_default()
+    let text = chain(error).last().map(ToString::to_string).unwrap_or_default();
+    shown(text.split_once(": https://").map_or(text.as_str(), |(said, _)| said))
 }
 
 /// Foreign text on one line, cut where it is long.
@@ -207,8 +244,9 @@ mod tests {
         assert_eq!(error.reason, Reason::Unavailable);
         assert!(!error.message.contains('\n'));
         assert_eq!(ClientError::from(Status::unimplemented("")).reason, Reason::Unsupported);
-        let late = Status::from_error(Box::new(tonic::TimeoutExpired(())));
-        assert_eq!(ClientError::from(late).reason, Reason::DeadlineExceeded);
+        let late = ClientError::from(Status::from_error(Box::new(tonic::TimeoutExpired(()))));
+        assert_eq!(late.reason, Reason::DeadlineExceeded);
+        assert!(late.message.contains("--timeout") && !late.message.contains("take effect"), "{late}");
     }
 
     #[test]
@@ -226,6 +264,29 @@ mod tests {
         let error = ClientError::from(cut);
         assert_eq!((error.reason, error.code), (Reason::Unavailable, Code::Unavailable));
         assert!(error.is_transient() && !error.is_refusal());
+    }
+
+    #[test]
+    fn an_end_of_the_connection_is_said_with_its_cause_and_mend() {
+        let cut = |said: &str| {
+            let mut cut = Status::internal("h2 protocol error");
+            cut.set_source(Arc::new(std::io::Error::new(std::io::ErrorKind::UnexpectedEof, said.to_owned())));
+            ClientError::from(cut).message
+        };
+        let text = cut("peer closed connection without sending TLS close_notify: https://docs.rs/rustls/x#y");
+        assert!(text.starts_with("the broker ended the connection (peer closed"), "{text}");
+        assert!(text.contains("no longer trusts") && text.contains("its log"), "{text}");
+        assert!(!text.contains("docs.rs") && !text.contains("take effect"), "{text}");
+        for said in ["stream closed because of a broken pipe", "Connection reset by peer (os error 104)"] {
+            assert!(cut(said).starts_with("the broker ended the connection ("), "{said}");
+        }
+        assert_eq!(cut("no route to host"), "the connection to the broker failed: no route to host");
+    }
+
+    #[test]
+    fn doubt_is_said_once() {
+        let error = ClientError::late("too late").doubtful().doubtful();
+        assert_eq!(error.message, "too late; a change may still take effect");
     }
 
     #[test]

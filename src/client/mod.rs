@@ -34,7 +34,8 @@
 //! Address ─▶ Connection ─▶ secrets() policies() audit() tokens() keys() caches() ─▶ generated calls
 //!               │              each call carries the token and a deadline
 //!               ├─ Unix socket: the kernel says who serves it, before the first byte is sent
-//!               └─ https://: TLS 1.3, the certificates read anew for each connection
+//!               ├─ https://: TLS 1.3, the certificates read anew for each connection
+//!               └─ http://, https://: what the broker says as it ends a connection is heard out (network.rs)
 //!
 //! Client ─▶ Session ─▶ Connection          tries again, reads the token file again
 //!   └─ Cached ─▶ Keeper ─▶ WatchSecrets     one watch for all names
@@ -55,6 +56,7 @@ mod connection;
 mod error;
 mod files;
 mod keeper;
+mod network;
 mod retry;
 mod session;
 mod tls;

@@ -10,8 +10,6 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use tonic::Code;
-
 use super::error::ClientError;
 use crate::clock::Clock;
 use crate::crypto::random;
@@ -20,8 +18,10 @@ use crate::error::Reason;
 /// Which failures a call is tried again after.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Again {
-    /// Whatever is transient: the call may be carried out twice and does no harm.
+    /// Whatever is transient: the call changes nothing.
     Harmless,
+    /// The same: the call changes something, and the second attempt finds the work of the first.
+    Repeatable,
     /// Only where the broker turned it away at the door: once it is inside, nobody knows what it did.
     TurnedAway,
 }
@@ -29,7 +29,7 @@ pub(super) enum Again {
 impl Again {
     fn fits(self, error: &ClientError) -> bool {
         match self {
-            Self::Harmless => error.is_transient(),
+            Self::Harmless | Self::Repeatable => error.is_transient(),
             Self::TurnedAway => error.reason == Reason::RateLimited,
         }
     }
@@ -65,13 +65,15 @@ where
         }
     };
     let settled = tokio::time::timeout(timeout, attempts).await;
-    settled.unwrap_or_else(|_| Err(late(timeout, last.into_inner().unwrap_or_else(PoisonError::into_inner))))
+    settled.unwrap_or_else(|_| {
+        let late = late(timeout, last.into_inner().unwrap_or_else(PoisonError::into_inner));
+        Err(if again == Again::Harmless { late } else { late.doubtful() })
+    })
 }
 
 fn late(timeout: Duration, last: Option<ClientError>) -> ClientError {
     let before = last.map(|error| format!("; before that: {}", error.message)).unwrap_or_default();
-    let message = format!("no answer within {timeout:?}; a change may still take effect{before}");
-    ClientError::new(Reason::DeadlineExceeded, Code::DeadlineExceeded, message)
+    ClientError::late(format!("no answer within {timeout:?}{before}"))
 }
 
 /// Pauses that double, up to a longest one.
@@ -125,6 +127,7 @@ mod tests {
     use super::*;
     use crate::clock::{ManualClock, SystemClock};
     use std::sync::atomic::{AtomicUsize, Ordering};
+    use tonic::Code;
 
     const LONG: Duration = Duration::from_secs(60);
 
@@ -149,6 +152,7 @@ mod tests {
     async fn what_is_transient_is_tried_again() {
         let away = error(Reason::StoreUnavailable, Code::Unavailable);
         assert_eq!(after(2, away.clone(), Again::Harmless).await, (Ok(()), 3));
+        assert_eq!(after(2, away.clone(), Again::Repeatable).await, (Ok(()), 3));
         assert_eq!(after(1, away.clone(), Again::TurnedAway).await, (Err(away), 1));
         let limited = error(Reason::RateLimited, Code::ResourceExhausted);
         assert_eq!(after(1, limited, Again::TurnedAway).await, (Ok(()), 2));
@@ -190,6 +194,16 @@ mod tests {
         let error = persist(timeout, &SystemClock, Again::Harmless, attempt).await.unwrap_err();
         assert_eq!(error.reason, Reason::DeadlineExceeded);
         assert!(error.message.contains("as the test has it"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn only_a_call_that_changes_something_leaves_doubt() {
+        for (again, doubt) in [(Again::Harmless, false), (Again::Repeatable, true), (Again::TurnedAway, true)]
+        {
+            let hangs = |_| std::future::pending::<Result<(), ClientError>>();
+            let error = persist(Duration::from_millis(1), &SystemClock, again, hangs).await.unwrap_err();
+            assert_eq!(error.message.contains("a change may still take effect"), doubt, "{again:?}: {error}");
+        }
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use http::Uri;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-use rustls::{ClientConfig, RootCertStore};
+use rustls::{AlertDescription, ClientConfig, RootCertStore};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
@@ -22,7 +22,6 @@ use super::files::read_private;
 use crate::error::Reason;
 
 const HTTP2: &[u8] = b"h2";
-const HTTPS_PORT: u16 = 443;
 /// The largest file of certificates: the authorities of a whole operating system fit.
 const LARGEST_FILE: u64 = 4 * 1024 * 1024;
 const LARGEST_KEY: usize = 64 * 1024;
@@ -141,43 +140,47 @@ fn unusable(message: impl Into<String>) -> ClientError {
     ClientError::new(Reason::InvalidCertificate, Code::InvalidArgument, message)
 }
 
-/// Connects to one broker, as often as it takes.
+/// What makes a connection to one broker a secure one.
 #[derive(Debug)]
-pub(super) struct Connector {
+pub(super) struct Handshake {
     address: Address,
-    host: String,
-    port: u16,
     name: ServerName<'static>,
     options: TlsOptions,
 }
 
-impl Connector {
+impl Handshake {
     pub(super) fn new(uri: &Uri, options: &TlsOptions) -> Result<Self, ClientError> {
-        let host = address::host(uri).to_owned();
-        let named = options.server_name.clone().unwrap_or_else(|| host.clone());
+        let named = options.server_name.clone().unwrap_or_else(|| address::host(uri).to_owned());
         let name = ServerName::try_from(named.clone()).map_err(|_| {
             ClientError::invalid(format!(
                 "server name `{}`: is neither a DNS name nor an address",
                 shown(&named)
             ))
         })?;
-        let port = uri.port_u16().unwrap_or(HTTPS_PORT);
-        Ok(Self { address: Address::Https(uri.clone()), host, port, name, options: options.clone() })
+        Ok(Self { address: Address::Https(uri.clone()), name, options: options.clone() })
     }
 
-    pub(super) async fn connect(&self) -> Result<TlsStream<TcpStream>, ClientError> {
+    /// Whether this side presents a certificate.
+    pub(super) const fn presents(&self) -> bool {
+        self.options.identity.is_some()
+    }
+
+    /// Reads the files, for one connection.
+    pub(super) async fn prepare(&self) -> Result<TlsConnector, ClientError> {
         let options = self.options.clone();
         let config = tokio::task::spawn_blocking(move || options.config()).await.map_err(|_| {
             ClientError::unavailable("the certificates were not read: the process is ending")
         })??;
-        let absent = |error: io::Error| {
-            ClientError::unavailable(format!("no broker at {}: {error}; {MEND}", self.address))
-        };
-        let stream = TcpStream::connect((self.host.as_str(), self.port)).await.map_err(absent)?;
-        stream.set_nodelay(true).map_err(absent)?;
-        let connector = TlsConnector::from(Arc::new(config));
+        Ok(TlsConnector::from(Arc::new(config)))
+    }
+
+    pub(super) async fn shake(
+        &self,
+        prepared: TlsConnector,
+        stream: TcpStream,
+    ) -> Result<TlsStream<TcpStream>, ClientError> {
         let stream =
-            connector.connect(self.name.clone(), stream).await.map_err(|error| self.not_shaken(&error))?;
+            prepared.connect(self.name.clone(), stream).await.map_err(|error| self.not_shaken(&error))?;
         match stream.get_ref().1.alpn_protocol() == Some(HTTP2) {
             true => Ok(stream),
             false => Err(self.wrong("what answers there speaks TLS, but not HTTP/2: it is no broker")),
@@ -188,6 +191,12 @@ impl Connector {
     fn not_shaken(&self, error: &io::Error) -> ClientError {
         let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
         let said = shown(&error.to_string());
+        // A broker that is quick says what it thinks of this side's certificate before this side is through.
+        if let Some(rustls::Error::AlertReceived(alert)) = inner
+            && let Some(refused) = refused_certificate(*alert, self.presents())
+        {
+            return refused;
+        }
         match inner {
             Some(rustls::Error::InvalidCertificate(_)) => self.wrong(&format!(
                 "{said}; name the broker's certificate authority with --ca-file, or ask whoever runs it"
@@ -209,24 +218,24 @@ impl Connector {
 /// What a broker means that ends a connection with this alert: that it does not accept the client's certificate, or the
 /// want of one. In TLS 1.3 it says so after the handshake is over for the client, so the first call hears it (RFC 8446,
 /// section 4.4.2.4).
-pub(super) fn refused_certificate(alert: &str, presented: bool) -> Option<ClientError> {
-    const OF_CERTIFICATES: [&str; 9] = [
-        "CertificateRequired",
-        "NoCertificate",
-        "BadCertificate",
-        "UnsupportedCertificate",
-        "CertificateRevoked",
-        "CertificateExpired",
-        "CertificateUnknown",
-        "UnknownCA",
-        "AccessDenied",
+pub(super) fn refused_certificate(alert: AlertDescription, presented: bool) -> Option<ClientError> {
+    const OF_CERTIFICATES: [AlertDescription; 9] = [
+        AlertDescription::CertificateRequired,
+        AlertDescription::NoCertificate,
+        AlertDescription::BadCertificate,
+        AlertDescription::UnsupportedCertificate,
+        AlertDescription::CertificateRevoked,
+        AlertDescription::CertificateExpired,
+        AlertDescription::CertificateUnknown,
+        AlertDescription::UnknownCA,
+        AlertDescription::AccessDenied,
     ];
     if !OF_CERTIFICATES.contains(&alert) {
         return None;
     }
     let message = match presented {
-        true => format!("the broker does not accept the client certificate ({alert}); present another one"),
-        false => format!("the broker wants a client certificate ({alert}); {PRESENT}"),
+        true => format!("the broker does not accept the client certificate ({alert:?}); present another one"),
+        false => format!("the broker wants a client certificate ({alert:?}); {PRESENT}"),
     };
     Some(ClientError::new(Reason::Unauthenticated, Code::Unauthenticated, message))
 }
@@ -239,8 +248,8 @@ mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt as _;
 
-    fn connector(uri: &str, options: &TlsOptions) -> Result<Connector, ClientError> {
-        Connector::new(&uri.parse().unwrap(), options)
+    fn handshake(uri: &str, options: &TlsOptions) -> Result<Handshake, ClientError> {
+        Handshake::new(&uri.parse().unwrap(), options)
     }
 
     /// A certificate of its own making, and its key, as files.
@@ -258,15 +267,14 @@ mod tests {
 
     #[test]
     fn the_name_is_the_host_unless_another_is_given() {
-        let found = connector("https://broker.example", &TlsOptions::default()).unwrap();
-        assert_eq!((found.host.as_str(), found.port), ("broker.example", 443));
+        let found = handshake("https://broker.example", &TlsOptions::default()).unwrap();
         assert_eq!(found.name.to_str(), "broker.example");
-        let six = connector("https://[2001:db8::1]:7340", &TlsOptions::default()).unwrap();
-        assert_eq!((six.host.as_str(), six.port), ("2001:db8::1", 7340));
+        let six = handshake("https://[2001:db8::1]:7340", &TlsOptions::default()).unwrap();
+        assert_eq!(six.name.to_str(), "2001:db8::1");
         let named = TlsOptions { server_name: Some("broker.internal".to_owned()), ..TlsOptions::default() };
-        assert_eq!(connector("https://10.0.0.1", &named).unwrap().name.to_str(), "broker.internal");
+        assert_eq!(handshake("https://10.0.0.1", &named).unwrap().name.to_str(), "broker.internal");
         let bad = TlsOptions { server_name: Some("two words".to_owned()), ..TlsOptions::default() };
-        let error = connector("https://10.0.0.1", &bad).unwrap_err();
+        let error = handshake("https://10.0.0.1", &bad).unwrap_err();
         assert_eq!(error.reason, Reason::InvalidArgument);
     }
 
@@ -312,10 +320,22 @@ mod tests {
 
     #[test]
     fn an_alert_about_certificates_says_what_to_do() {
-        let wanted = refused_certificate("CertificateRequired", false).unwrap();
+        let wanted = refused_certificate(AlertDescription::CertificateRequired, false).unwrap();
         assert_eq!(wanted.reason, Reason::Unauthenticated);
-        assert!(wanted.message.contains("--client-cert"), "{wanted}");
-        assert!(refused_certificate("UnknownCA", true).unwrap().message.contains("does not accept"));
-        assert!(refused_certificate("InternalError", true).is_none());
+        assert!(wanted.message.contains("(CertificateRequired); name yours with --client-cert"), "{wanted}");
+        let refused = refused_certificate(AlertDescription::UnknownCA, true).unwrap();
+        assert!(refused.message.contains("does not accept the client certificate (UnknownCA)"), "{refused}");
+        assert!(refused_certificate(AlertDescription::InternalError, true).is_none());
+    }
+
+    #[test]
+    fn an_alert_that_comes_before_the_handshake_is_over_is_said_as_later() {
+        let broker = handshake("https://broker.example", &TlsOptions::default()).unwrap();
+        let alert = rustls::Error::AlertReceived(AlertDescription::CertificateRequired);
+        let early = broker.not_shaken(&io::Error::new(io::ErrorKind::InvalidData, alert));
+        assert_eq!(Some(early), refused_certificate(AlertDescription::CertificateRequired, false));
+        let other = rustls::Error::AlertReceived(AlertDescription::ProtocolVersion);
+        let other = broker.not_shaken(&io::Error::new(io::ErrorKind::InvalidData, other));
+        assert!(other.message.contains("does not speak TLS 1.3"), "{other}");
     }
 }

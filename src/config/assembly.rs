@@ -21,7 +21,7 @@ use crate::audit::{self, Anchor, AuditError, Log};
 use crate::broker::caches::Caches;
 use crate::broker::consumers::Consumers;
 use crate::broker::keys::Keys;
-use crate::broker::watch::Feed;
+use crate::broker::watch::{Bounds, Feed};
 use crate::broker::{Broker, BrokerError, Parts};
 use crate::cache::{self, Cache};
 use crate::clock::SharedClock;
@@ -178,7 +178,7 @@ impl Running {
         let previous = &resolved.previous_root_keys;
         let loaded = root_keys::load(&resolved.root_key, previous, fresh, variable, &mut warnings)?;
         let ring = Arc::clone(&loaded.ring);
-        let state_key = state::key(shared.as_ref(), &ring).await?;
+        let state_key = state::key(shared.as_ref(), &ring).await.map_err(|error| loaded.explain(error))?;
         let sealed =
             Arc::new(Sealed::open(Arc::clone(&shared), Arc::clone(&ring), Arc::clone(&clock)).await?);
         let rotation = loaded.rotation(Arc::clone(&shared), Arc::clone(&sealed));
@@ -218,7 +218,8 @@ impl Running {
             stores,
             log,
             tokens,
-            feed: Feed::new(Arc::clone(&shared), &resolved.registry, Arc::clone(&clock)),
+            feed: Feed::new(Arc::clone(&shared), &resolved.registry, Arc::clone(&clock))
+                .with_bounds(Bounds::of_watches(resolved.limits.watches_per_caller)),
             consumers: Consumers::new(shared, state_key, Arc::clone(&clock)),
             caches,
             keys: Keys::new(Arc::new(rotation), audit_keys),
@@ -259,7 +260,7 @@ impl Running {
     ) -> Result<(), StartError> {
         let _reloading = reload::on_change(Arc::clone(&self.broker), &self.policy, shutdown.clone())?;
         let tls: Vec<Arc<Tls>> = doors.iter().filter_map(|door| door.tls().cloned()).collect();
-        let house = self.house(limits, &tls, shutdown.clone());
+        let house = self.house(limits, &doors, shutdown.clone());
         // Nothing of this holds the end up: dropped, it ends.
         let mut beside = JoinSet::new();
         beside.spawn(Arc::clone(&house.health).keep());
@@ -275,10 +276,10 @@ impl Running {
         stopped
     }
 
-    fn house(&self, limits: server::Limits, tls: &[Arc<Tls>], shutdown: watch::Receiver<bool>) -> House {
+    fn house(&self, limits: server::Limits, doors: &[Bound], shutdown: watch::Receiver<bool>) -> House {
         let (broker, clock) = (&self.broker, &self.clock);
         let kv: Arc<dyn Kv> = Arc::new(self.kv.clone());
-        let checks = health::checks(broker, &kv, &self.ring, tls, clock);
+        let checks = health::checks(broker, &kv, &self.ring, doors, clock);
         let server::Limits { per_principal, per_address, strangers, .. } = limits;
         House {
             broker: Arc::clone(broker),

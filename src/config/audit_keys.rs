@@ -14,6 +14,18 @@
 //! INVARIANT: every key that the log was handed over to, or may yet be, is in one of the two key files. So nothing but a
 //! start removes `audit.key.next`: when it has asked the log and the log knows nothing of it. A handover whose answer
 //! never came is asked for again with the same key.
+//!
+//! Where `audit.key` is lost, a start that accepts a loss goes on with another key, which nobody vouches for:
+//!
+//! ```text
+//! audit.key   audit.key.next   audit.pub   the log
+//! -           K2               K1          signed by K1
+//! -           K2               K1          says that the key was lost; from here on signed by K2
+//! -           K2               K1 K2
+//! K2                           K1 K2       audit.key.next renamed over audit.key
+//! ```
+//!
+//! Ended before the last of these, the next start that accepts a loss does it again with the same key, and says so again.
 
 use std::fmt;
 use std::fs::File;
@@ -37,21 +49,23 @@ use crate::error::Reason;
 const MOST: usize = 1_024;
 
 /// Opens the log that `settings` name with the key in `folder`, and gives what rotates that key. The first key is made
-/// with the first log and never again: a log without its key is refused, not signed by a new one. A rotation that a crash
-/// cut short is finished, or undone, as the log says.
+/// with the first log: later, a log without its key is refused, or where a loss is accepted goes on with a new one and says
+/// so. A rotation that a crash cut short is finished, or undone, as the log says.
 pub(super) fn open_log(
     folder: &Path,
-    mut settings: audit::Settings,
+    settings: audit::Settings,
     clock: SharedClock,
 ) -> Result<(Log, Arc<AuditKeyFiles>), StartError> {
     let files = Files::below(folder);
-    let chain = settings.directory.join(&settings.instance);
-    if !files.key.exists() && settings.expected.is_none() && !chain.exists() {
-        make(&files.key)?;
-    }
-    let key = files.key_in_force(&settings.directory)?;
-    settings.former_keys = files.published(key.verifying_key(), &settings.directory)?;
-    let log = Log::open(settings, key, clock).map_err(|error| of_file(&files.key, error))?;
+    let has_begun = settings.expected.is_some() || settings.directory.join(&settings.instance).exists();
+    let log = match files.key.exists() {
+        false if has_begun && settings.accept_loss => files.open_with_another(settings, clock)?,
+        false if !has_begun => {
+            make(&files.key)?;
+            files.open(settings, clock)?
+        }
+        _ => files.open(settings, clock)?,
+    };
     files.forget_next()?;
     let shared = Shared { log: log.clone(), files, turn: Mutex::new(()) };
     Ok((log, Arc::new(AuditKeyFiles { shared: Arc::new(shared) })))
@@ -139,6 +153,40 @@ impl Files {
         }
     }
 
+    /// Opens the log with its key.
+    fn open(&self, mut settings: audit::Settings, clock: SharedClock) -> Result<Log, AuditError> {
+        let key = self.key_in_force(&settings.directory)?;
+        settings.former_keys = self.published(key.verifying_key(), &settings.directory)?;
+        Log::open(settings, key, clock).map_err(|error| of_file(&self.key, error))
+    }
+
+    /// Opens the log with another key than the one that is lost, and says so in it.
+    fn open_with_another(
+        &self,
+        mut settings: audit::Settings,
+        clock: SharedClock,
+    ) -> Result<Log, AuditError> {
+        let next = match self.read_next()? {
+            Some(next) => next,
+            None => {
+                self.forget_next()?;
+                make(&self.next)?
+            }
+        };
+        settings.former_keys = self.listed()?;
+        settings.losses.push(format!(
+            "the key that signs the log, {}, does not exist any more: key {} signs from here on, and no key before it \
+             vouches for that",
+            self.key.display(),
+            next.id()
+        ));
+        let log = Log::open(settings, next, clock).map_err(|error| of_file(&self.next, error))?;
+        // In this order: as long as there is no audit.key, nothing is taken to be in force.
+        self.publish(&log.verifying_keys())?;
+        self.replace()?;
+        Ok(log)
+    }
+
     /// The key that the log below `log` goes on with. Where it was handed over to the next one already, that takes its
     /// place.
     fn key_in_force(&self, log: &Path) -> Result<SigningKey, AuditError> {
@@ -191,17 +239,7 @@ impl Files {
     /// Every public half, the newest last; published where it is missing. One that is there is never overwritten: it is
     /// what old checkpoints are verified with.
     fn published(&self, key: VerifyingKey, log: &Path) -> Result<Vec<VerifyingKey>, AuditError> {
-        let strange = || {
-            refused(
-                &self.public,
-                "does not end with the public half of audit.key; put the right audit.key back",
-            )
-        };
-        let mut keys = match std::fs::read_to_string(&self.public) {
-            Ok(text) => VerifyingKey::parse_list(&text).map_err(|_| strange())?,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-            Err(error) => return Err(refused(&self.public, error)),
-        };
+        let mut keys = self.listed()?;
         let last = keys.last().copied();
         if last == Some(key) {
             return Ok(keys);
@@ -209,11 +247,23 @@ impl Files {
         if let Some(last) = last
             && !audit::hands_over(log, &last, &key)?
         {
-            return Err(strange());
+            let problem = "does not end with the public half of audit.key; put the right audit.key back";
+            return Err(refused(&self.public, problem));
         }
         keys.push(key);
         self.publish(&keys)?;
         Ok(keys)
+    }
+
+    /// Every public half that is published, the newest last.
+    fn listed(&self) -> Result<Vec<VerifyingKey>, AuditError> {
+        let strange =
+            |_| refused(&self.public, "does not hold a public key on each line; restore it from a backup");
+        match std::fs::read_to_string(&self.public) {
+            Ok(text) => VerifyingKey::parse_list(&text).map_err(strange),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(error) => Err(refused(&self.public, error)),
+        }
     }
 
     /// Brings the files to what the log is, whose last key is the one in force.
@@ -254,8 +304,16 @@ fn make(path: &Path) -> Result<SigningKey, AuditError> {
     SigningKey::from_pkcs8(&document)
 }
 
-fn read(path: &Path) -> Result<SigningKey, AuditError> {
-    let document = read_key_file(path, MOST).map_err(|error| refused(path, error.problem()))?;
+/// The key in this file, which a log was signed with.
+pub(super) fn read(path: &Path) -> Result<SigningKey, AuditError> {
+    const MEND: &str = "start once with --accept-loss, which begins with a new key, on record";
+    let document = read_key_file(path, MOST).map_err(|error| match error.problem() {
+        KeyProblem::Missing => refused(path, format!("does not exist; restore it from a backup, or {MEND}")),
+        KeyProblem::Empty => {
+            refused(path, format!("is empty; restore it from a backup, or remove it and {MEND}"))
+        }
+        problem => refused(path, problem),
+    })?;
     SigningKey::from_pkcs8(&document).map_err(|error| of_file(path, error))
 }
 
@@ -296,9 +354,20 @@ mod tests {
             self.folder.path().join("audit")
         }
 
+        fn clock(&self) -> SharedClock {
+            ManualClock::new("2026-01-02T03:04:05Z".parse().unwrap())
+        }
+
+        fn settings(&self, accept_loss: bool) -> Settings {
+            Settings { accept_loss, ..Settings::new(self.audit(), "a") }
+        }
+
         fn try_open(&self) -> Result<(Log, Arc<AuditKeyFiles>), StartError> {
-            let clock = ManualClock::new("2026-01-02T03:04:05Z".parse().unwrap());
-            open_log(self.folder.path(), Settings::new(self.audit(), "a"), clock)
+            open_log(self.folder.path(), self.settings(false), self.clock())
+        }
+
+        fn accept_loss(&self) -> (Log, Arc<AuditKeyFiles>) {
+            open_log(self.folder.path(), self.settings(true), self.clock()).unwrap()
         }
 
         fn open(&self) -> (Log, Arc<AuditKeyFiles>) {
@@ -345,9 +414,115 @@ mod tests {
         place.is_settled(&key);
         place.open().0.close().await.unwrap();
         place.is_settled(&key);
+        let good = std::fs::read(&place.files.key).unwrap();
+        std::fs::write(&place.files.key, "").unwrap();
+        assert!(place.refusal().contains("audit.key: is empty; restore it from a backup, or remove it"));
         std::fs::remove_file(&place.files.key).unwrap();
-        assert!(place.refusal().contains("audit.key: does not exist"), "{}", place.refusal());
-        assert!(!place.files.key.exists());
+        let refusal = place.refusal();
+        assert!(refusal.contains("audit.key: does not exist; restore it from a backup"), "{refusal}");
+        assert!(refusal.contains("--accept-loss") && !refusal.contains("create"), "{refusal}");
+        assert!(!place.files.key.exists() && !place.files.next.exists());
+        create_key_file(&place.files.key, &good).unwrap();
+        place.open().0.close().await.unwrap();
+        place.is_settled(&key);
+    }
+
+    #[tokio::test]
+    async fn a_loss_that_is_accepted_changes_no_key_that_is_there() {
+        let place = Place::new();
+        let (log, keys) = place.accept_loss();
+        let first = log.verifying_keys();
+        log.close().await.unwrap();
+        drop((log, keys));
+        place.accept_loss().0.close().await.unwrap();
+        place.is_settled(&first);
+        let report = audit::verify(&place.audit(), &first, &[]).unwrap();
+        assert_eq!(report.instances[0].losses, 0, "the first key of the first log was not lost");
+    }
+
+    #[tokio::test]
+    async fn a_log_whose_key_is_lost_goes_on_with_another_and_says_so() {
+        let place = Place::new();
+        let (log, keys) = place.open();
+        keys.rotate().await.unwrap();
+        let mut known = log.verifying_keys();
+        log.close().await.unwrap();
+        drop((log, keys));
+        let lost = std::fs::read(&place.files.key).unwrap();
+        std::fs::remove_file(&place.files.key).unwrap();
+
+        let (log, keys) = place.accept_loss();
+        assert_eq!(log.verifying_keys()[..2], known);
+        known = log.verifying_keys();
+        assert_eq!((known.len(), keys.status()[0].public_key.clone()), (3, known[2].to_hex()));
+        log.close().await.unwrap();
+        drop((log, keys));
+        assert_eq!(place.public(), known);
+        assert_eq!(read(&place.files.key).unwrap().verifying_key(), known[2]);
+        let mode = std::fs::metadata(&place.files.key).unwrap().permissions().mode();
+        assert_eq!((mode & 0o7777, place.files.next.exists()), (0o600, false));
+
+        // From then on nothing has to be accepted, and the key can be rotated as any other.
+        let (log, keys) = place.open();
+        keys.rotate().await.unwrap();
+        known = log.verifying_keys();
+        log.close().await.unwrap();
+        drop((log, keys));
+        let report = audit::verify(&place.audit(), &known, &[]).unwrap();
+        assert!(report.is_clean() && report.unanchored() == 0, "{report:?}");
+        assert_eq!(report.instances[0].losses, 1);
+        let report = audit::verify(&place.audit(), &known[..2], &[]).unwrap();
+        assert!(
+            !report.is_clean(),
+            "whoever has the earlier public halves alone sees that another key signs"
+        );
+
+        std::fs::remove_file(&place.files.key).unwrap();
+        create_key_file(&place.files.key, &lost).unwrap();
+        assert!(place.refusal().contains("put the right audit.key back"), "{}", place.refusal());
+    }
+
+    #[tokio::test]
+    async fn a_start_with_another_key_that_ends_anywhere_is_done_again() {
+        type Until = fn(&Files, &[VerifyingKey]);
+        let stages: [(&str, bool, u64, Until); 4] = [
+            ("half a key is kept", false, 1, |files, _| {
+                create_key_file(&files.next, &SigningKey::generate_pkcs8().unwrap()[..20]).unwrap();
+            }),
+            ("the next key is kept", false, 1, |files, _| drop(files.next_key().unwrap())),
+            ("the log goes on with it", true, 2, |_, _| {}),
+            ("it is published", true, 2, |files, keys| files.publish(keys).unwrap()),
+        ];
+        for (name, log_goes_on, losses, until) in stages {
+            let place = Place::new();
+            let (log, keys) = place.open();
+            let former = log.verifying_keys();
+            drop((log, keys));
+            std::fs::remove_file(&place.files.key).unwrap();
+            let mut known = former.clone();
+            if log_goes_on {
+                let next = place.files.next_key().unwrap();
+                let losses = vec!["the key was lost".to_owned()];
+                let settings = Settings { former_keys: former, losses, ..place.settings(true) };
+                let log = Log::open(settings, next, place.clock()).unwrap();
+                known = log.verifying_keys();
+            }
+            until(&place.files, &known);
+            assert!(place.refusal().contains("--accept-loss"), "{name}: {}", place.refusal());
+            let (log, keys) = place.accept_loss();
+            if log_goes_on {
+                assert_eq!(log.verifying_keys(), known, "{name}: no third key is made");
+            }
+            known = log.verifying_keys();
+            drop((log, keys));
+            let (log, _keys) = place.open();
+            log.close().await.unwrap();
+            assert_eq!((place.public(), known.len()), (known.clone(), 2), "{name}");
+            assert!(!place.files.next.exists(), "{name}");
+            let report = audit::verify(&place.audit(), &known, &[]).unwrap();
+            assert!(report.is_clean(), "{name}: {report:?}");
+            assert_eq!(report.instances[0].losses, losses, "{name}");
+        }
     }
 
     #[tokio::test]

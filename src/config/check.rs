@@ -1,22 +1,26 @@
 //! Looks at everything that a configuration names, and changes nothing: what a start would trip over is found before
 //! the start, all of it at once.
 //!
-//! The embedded store is only opened with `online`, and only where no broker has it open.
+//! The embedded store is only opened with `online`, and only where no broker has it open. The doors are opened, all
+//! together, and closed again.
 
+use std::io::ErrorKind;
+use std::net::SocketAddr;
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::net::TcpListener;
+
 use super::assembly::{ReadVariable, StartError};
-use super::{Resolved, folder, root_keys};
-use crate::audit::SigningKey;
+use super::{ConfigError, Resolved, audit_keys, folder, root_keys};
 use crate::clock::SharedClock;
-use crate::crypto::{KeyRing, read_key_file};
+use crate::crypto::KeyRing;
 use crate::environment::{AwsSettings, Environment, StoreChoice};
 use crate::identity::mtls::Mtls;
 use crate::identity::peer_credentials::PeerCredentials;
-use crate::kv::embedded::Embedded;
+use crate::kv::embedded::{self, Embedded};
 use crate::kv::{Kv, KvError};
 use crate::policy::Policies;
 use crate::server::Listen;
@@ -27,6 +31,12 @@ use crate::store::sealed::Sealed;
 
 /// How long a store may take to answer.
 const PATIENCE: Duration = Duration::from_secs(15);
+
+/// How many bytes the path of a Unix socket may have: `sun_path` has 108, one of them for the end (unix(7)).
+const LONGEST_SOCKET: usize = 107;
+
+/// What is said of a database that somebody has.
+const TAKEN: &str = "is open in a broker that runs; not looked into, and no other can start on it";
 
 /// How bad a finding is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,6 +60,26 @@ pub struct Finding {
     pub said: String,
 }
 
+impl From<ConfigError> for Finding {
+    fn from(error: ConfigError) -> Self {
+        Self { level: Level::Problem, place: error.place, said: error.problem }
+    }
+}
+
+/// Looks at the text of a configuration, and where nothing is wrong with that, at everything that it names.
+pub async fn check_text(
+    text: &str,
+    file: &str,
+    variable: ReadVariable<'_>,
+    online: bool,
+    clock: &SharedClock,
+) -> Vec<Finding> {
+    match Resolved::all_from_text(text, file) {
+        Ok(resolved) => check(&resolved, variable, online, clock).await,
+        Err(errors) => errors.into_iter().map(Finding::from).collect(),
+    }
+}
+
 /// Looks at everything; with `online` also asks the stores.
 pub async fn check(
     resolved: &Resolved,
@@ -58,26 +88,29 @@ pub async fn check(
     clock: &SharedClock,
 ) -> Vec<Finding> {
     let mut findings = Findings(Vec::new());
-    let fresh = !resolved.directory.join("claviger.db").exists();
-    directory(resolved, &mut findings);
-    let ring = findings.keep("root_key", root_key(resolved, fresh, variable, &mut Vec::new()));
+    let path = resolved.directory.join("claviger.db");
+    let fresh = !is_there(&path);
+    directory(&resolved.directory, &mut findings);
+    let free = database(&path, fresh, &mut findings);
+    let ring =
+        root_key(resolved, fresh, variable, &mut Vec::new()).map(|(ring, said)| match fresh || online {
+            true => (ring, said),
+            false => (ring, format!("{said}; whether it fits the database is checked with --online")),
+        });
+    let ring = findings.keep("root_key", ring);
     if !fresh {
         findings.note("audit", audit_key(resolved));
     }
     findings.note("policy.directory", policies(resolved, clock));
     findings.note("identity.peer_credentials", peers(resolved));
     findings.note("identity.mtls", mtls(resolved));
-    for listen in &resolved.listen {
-        listener(listen, clock, &mut findings).await;
-    }
-    if let Some(admin) = resolved.admin {
-        findings.address("listen.admin", admin).await;
-    }
+    doors(resolved, clock, &mut findings).await;
     for environment in resolved.registry.iter() {
         parent(environment, &mut findings);
     }
     if online {
-        stores(resolved, ring.flatten(), fresh, clock, &mut findings).await;
+        let ring = ring.flatten().filter(|_| free && !fresh);
+        stores(resolved, ring, clock, &mut findings).await;
     }
     findings.0
 }
@@ -104,22 +137,15 @@ impl Findings {
         self.note(place, noted);
         kept
     }
-
-    /// Whether an address can be listened on. One that is taken may well be taken by the broker that runs.
-    async fn address(&mut self, place: &str, address: std::net::SocketAddr) {
-        match tokio::net::TcpListener::bind(address).await {
-            Ok(_) => self.say(Level::Fine, place, format!("{address} is free")),
-            Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
-                self.say(Level::Warning, place, format!("{address} is in use; by the broker that runs?"));
-            }
-            Err(error) => self.say(Level::Problem, place, format!("{address} can't be listened on: {error}")),
-        }
-    }
 }
 
-fn directory(resolved: &Resolved, findings: &mut Findings) {
-    let path = &resolved.directory;
-    let found = match path.exists() {
+/// Whether anything is there, a link to nowhere included.
+fn is_there(path: &Path) -> bool {
+    path.symlink_metadata().is_ok()
+}
+
+fn directory(path: &Path, findings: &mut Findings) {
+    let found = match is_there(path) {
         true => folder::check_private(path).map(|()| format!("{} is private", path.display())),
         false if path.parent().is_some_and(Path::is_dir) => {
             Ok(format!("{} does not exist and will be made", path.display()))
@@ -130,6 +156,25 @@ fn directory(resolved: &Resolved, findings: &mut Findings) {
         }
     };
     findings.note("kv.directory", found.map_err(|error| error.to_string()));
+    let keys = path.join("keys");
+    if is_there(&keys)
+        && let Err(error) = folder::check_private(&keys)
+    {
+        findings.say(Level::Problem, "kv.directory", error.to_string());
+    }
+}
+
+/// Whether a broker could open the database, and none has it open.
+fn database(path: &Path, fresh: bool, findings: &mut Findings) -> bool {
+    let shown = path.display();
+    let (level, said) = match embedded::is_taken(path) {
+        Ok(false) if fresh => (Level::Fine, format!("{shown} does not exist and will be made")),
+        Ok(false) => (Level::Fine, format!("{shown} is private, and no broker has it open")),
+        Ok(true) => (Level::Warning, format!("{shown} {TAKEN}")),
+        Err(error) => (Level::Problem, error.to_string()),
+    };
+    findings.say(level, "kv", said);
+    level == Level::Fine
 }
 
 /// The ring, where there is a key already; what would be made at the first start is not made here.
@@ -146,7 +191,7 @@ fn root_key(
         let said = format!("{} does not exist and will be made at the first start", path.display());
         return Ok((None, said));
     }
-    let loaded = root_keys::load(&resolved.root_key, &resolved.previous_root_keys, false, variable, warnings)
+    let loaded = root_keys::load(&resolved.root_key, &resolved.previous_root_keys, fresh, variable, warnings)
         .map_err(|error| error.to_string())?;
     let ring = loaded.ring;
     let said = format!("key {} can be used", ring.newest().id());
@@ -155,8 +200,7 @@ fn root_key(
 
 fn audit_key(resolved: &Resolved) -> Result<String, String> {
     let path = resolved.directory.join("keys/audit.key");
-    let key = read_key_file(&path, 1_024).map_err(|error| error.to_string())?;
-    let key = SigningKey::from_pkcs8(&key).map_err(|error| error.to_string())?;
+    let key = audit_keys::read(&path).map_err(|error| error.to_string())?;
     Ok(format!("signed with {}", key.verifying_key().to_hex()))
 }
 
@@ -180,17 +224,67 @@ fn mtls(resolved: &Resolved) -> Result<String, String> {
     Mtls::new(resolved.mtls.clone()).map(|_| format!("{named} callers are named"))
 }
 
-async fn listener(listen: &Listen, clock: &SharedClock, findings: &mut Findings) {
-    match listen {
-        Listen::Unix { path, .. } => findings.note("listen.unix", socket(path)),
-        Listen::Tcp(address) => findings.address("listen.tcp", *address).await,
-        Listen::Tls(settings) => {
-            let tls = Tls::load(settings.clone(), Arc::clone(clock));
-            let tls = tls.map_err(|error| error.to_string()).map(|tls| expiries(&tls));
-            findings.note("listen.tls", tls);
-            findings.address("listen.tls.address", settings.address).await;
+async fn doors(resolved: &Resolved, clock: &SharedClock, findings: &mut Findings) {
+    let mut doors = Doors(Vec::new());
+    for listen in &resolved.listen {
+        match listen {
+            Listen::Unix { path, .. } => findings.note("listen.unix", socket(path)),
+            Listen::Tcp(address) => doors.open("listen.tcp", *address, findings).await,
+            Listen::Tls(settings) => {
+                let tls = Tls::load(settings.clone(), Arc::clone(clock));
+                let tls = tls.map_err(|error| error.to_string()).map(|tls| expiries(&tls));
+                findings.note("listen.tls", tls);
+                doors.open("listen.tls.address", settings.address, findings).await;
+            }
         }
     }
+    if let Some(admin) = resolved.admin {
+        doors.open("listen.admin", admin, findings).await;
+    }
+}
+
+/// What was opened so far, and is held open, so that a door which would stand in the way of another is found.
+struct Doors(Vec<Door>);
+
+struct Door {
+    place: &'static str,
+    address: SocketAddr,
+    _held: Option<TcpListener>,
+}
+
+impl Doors {
+    /// Whether an address can be listened on. One that is taken by none of these may well be taken by the broker that
+    /// runs.
+    async fn open(&mut self, place: &'static str, address: SocketAddr, findings: &mut Findings) {
+        let opened = TcpListener::bind(address).await;
+        let (level, said) = match (&opened, self.in_the_way_of(address)) {
+            (Ok(_), _) => (Level::Fine, format!("{address} is free")),
+            (Err(error), Some(other)) if error.kind() == ErrorKind::AddrInUse => {
+                let Door { place, address: taken, .. } = other;
+                let said = format!("{address} is taken by {place} ({taken}); give one of them another port");
+                (Level::Problem, said)
+            }
+            (Err(error), None) if error.kind() == ErrorKind::AddrInUse => {
+                (Level::Warning, format!("{address} is in use; by the broker that runs?"))
+            }
+            (Err(error), _) => (Level::Problem, format!("{address} can't be listened on: {error}")),
+        };
+        findings.say(level, place, said);
+        self.0.push(Door { place, address, _held: opened.ok() });
+    }
+
+    fn in_the_way_of(&self, address: SocketAddr) -> Option<&Door> {
+        self.0.iter().find(|door| overlap(door.address, address))
+    }
+}
+
+/// Whether only one of them can be listened on: `0.0.0.0` is every IPv4 address, `[::]` is every address. Port 0 is
+/// whichever is free.
+fn overlap(one: SocketAddr, other: SocketAddr) -> bool {
+    let holds = |wide: SocketAddr, narrow: SocketAddr| {
+        wide.ip() == narrow.ip() || wide.ip().is_unspecified() && (wide.is_ipv6() || narrow.is_ipv4())
+    };
+    one.port() == other.port() && one.port() != 0 && (holds(one, other) || holds(other, one))
 }
 
 fn expiries(tls: &Tls) -> String {
@@ -204,6 +298,12 @@ fn socket(path: &Path) -> Result<String, String> {
     let shown = path.display();
     if !path.is_absolute() {
         return Err(format!("{shown} is not absolute; write the whole path"));
+    }
+    let length = path.as_os_str().len();
+    if length > LONGEST_SOCKET {
+        return Err(format!(
+            "{shown} is {length} bytes long, and a socket's path has {LONGEST_SOCKET} at most; choose a shorter one"
+        ));
     }
     match (std::fs::symlink_metadata(path), path.parent().is_some_and(Path::is_dir)) {
         (Ok(found), _) if !found.file_type().is_socket() => {
@@ -222,25 +322,19 @@ fn parent(environment: &Environment, findings: &mut Findings) {
     }
 }
 
+/// Asks the stores: the database where there is a ring for it, whichever environments there are, because what the
+/// broker keeps of itself is in it too.
 async fn stores(
     resolved: &Resolved,
     ring: Option<Arc<KeyRing>>,
-    fresh: bool,
     clock: &SharedClock,
     findings: &mut Findings,
 ) {
-    if resolved.registry.iter().any(|environment| environment.store == StoreChoice::Sealed) {
-        let place = "kv";
-        match (ring, fresh) {
-            (_, true) => findings.say(Level::Fine, place, "holds nothing yet"),
-            (None, false) => {}
-            (Some(ring), false) => match sealed(resolved, ring, clock).await {
-                Ok(Some(said)) => findings.say(Level::Fine, place, said),
-                Ok(None) => {
-                    findings.say(Level::Warning, place, "is open in a broker that runs; not looked at")
-                }
-                Err(said) => findings.say(Level::Problem, place, said),
-            },
+    if let Some(ring) = ring {
+        match sealed(resolved, ring, clock).await {
+            Ok(Some(said)) => findings.say(Level::Fine, "kv", said),
+            Ok(None) => findings.say(Level::Warning, "kv", TAKEN),
+            Err(said) => findings.say(Level::Problem, "kv", said),
         }
     }
     for environment in resolved.registry.iter() {
@@ -285,5 +379,38 @@ async fn aws(
     match tokio::time::timeout(PATIENCE, asked).await {
         Ok(answered) => answered.map(|()| "AWS Secrets Manager answers".to_owned()),
         Err(_) => Err(format!("AWS Secrets Manager gave no answer within {} seconds", PATIENCE.as_secs())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn overlapping(one: &str, other: &str) -> bool {
+        let (one, other) = (one.parse().unwrap(), other.parse().unwrap());
+        assert_eq!(overlap(one, other), overlap(other, one), "{one} {other}");
+        overlap(one, other)
+    }
+
+    #[test]
+    fn which_doors_stand_in_the_way_of_each_other() {
+        for (one, other) in [
+            ("127.0.0.1:7340", "127.0.0.1:7340"),
+            ("0.0.0.0:7340", "127.0.0.1:7340"),
+            ("[::]:7340", "127.0.0.1:7340"),
+            ("[::]:7340", "[::1]:7340"),
+            ("[::]:7340", "0.0.0.0:7340"),
+        ] {
+            assert!(overlapping(one, other), "{one} {other}");
+        }
+        for (one, other) in [
+            ("127.0.0.1:7340", "127.0.0.1:7341"),
+            ("127.0.0.1:7340", "127.0.0.2:7340"),
+            ("0.0.0.0:7340", "[::1]:7340"),
+            ("127.0.0.1:7340", "[::1]:7340"),
+            ("0.0.0.0:0", "0.0.0.0:0"),
+        ] {
+            assert!(!overlapping(one, other), "{one} {other}");
+        }
     }
 }

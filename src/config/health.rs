@@ -6,12 +6,10 @@ use crate::broker::Broker;
 use crate::clock::SharedClock;
 use crate::crypto::KeyRing;
 use crate::environment::StoreChoice;
-use crate::error::Reasoned as _;
 use crate::kv::Kv;
-use crate::secret::EnvironmentName;
-use crate::server::health::Check;
+use crate::server::Bound;
+use crate::server::health::{Check, Problem};
 use crate::server::tls::Tls;
-use crate::store::StoreError;
 
 use super::state;
 
@@ -21,9 +19,10 @@ pub(super) fn checks(
     broker: &Arc<Broker>,
     kv: &Arc<dyn Kv>,
     ring: &Arc<KeyRing>,
-    tls: &[Arc<Tls>],
+    doors: &[Bound],
     clock: &SharedClock,
 ) -> Vec<Check> {
+    let tls = doors.iter().filter_map(Bound::tls);
     let mut checks =
         vec![kv_answers(kv), log_is_written(broker), policies_are_there(broker), key_fits(kv, ring)];
     checks.push(policies_are_the_newest(broker));
@@ -35,31 +34,26 @@ pub(super) fn checks(
         let (broker, name) = (Arc::clone(broker), environment.name.clone());
         Check::shown(format!("store:{name}"), every, move || {
             let (broker, name) = (Arc::clone(&broker), name.clone());
-            async move { broker.caches().ping(&name).await.map_err(|error| code(&error, &name)) }
+            async move { broker.caches().ping(&name).await.map_err(|error| Problem::of(&error)) }
         })
     }));
-    checks.extend(tls.iter().map(|tls| certificates(tls, clock)));
+    checks.extend(tls.map(|tls| certificates(tls, clock)));
+    checks.extend(doors.iter().filter(|door| door.address().starts_with("unix:")).map(socket_is_there));
     checks
-}
-
-/// What a store's error is called. Its text may name an account or a role, and whoever reaches the door reads this.
-fn code(error: &StoreError, environment: &EnvironmentName) -> String {
-    tracing::debug!(%error, %environment, "a store does not answer");
-    error.reason().code().to_owned()
 }
 
 fn kv_answers(kv: &Arc<dyn Kv>) -> Check {
     let kv = Arc::clone(kv);
     Check::needed("kv", move || {
         let kv = Arc::clone(&kv);
-        async move { kv.get(b"state/key").await.map(|_| ()).map_err(|error| error.to_string()) }
+        async move { kv.get(b"state/key").await.map(|_| ()).map_err(|error| Problem::of(&error)) }
     })
 }
 
 fn log_is_written(broker: &Arc<Broker>) -> Check {
     let broker = Arc::clone(broker);
     Check::needed("audit", move || {
-        let health = broker.log().health().map_err(|error| error.to_string());
+        let health = broker.log().health().map_err(|error| Problem::of(&error));
         async move { health }
     })
 }
@@ -92,8 +86,22 @@ fn key_fits(kv: &Arc<dyn Kv>, ring: &Arc<KeyRing>) -> Check {
     Check::needed("root_key", move || {
         let (kv, ring) = (Arc::clone(&kv), Arc::clone(&ring));
         async move {
-            let wrapping = state::wrapped_by(kv.as_ref()).await.map_err(|error| error.to_string())?;
-            ring.key(wrapping).map(|_| ()).map_err(|error| error.to_string())
+            let wrapping = state::wrapped_by(kv.as_ref()).await.map_err(|error| Problem::of(&error))?;
+            ring.key(wrapping).map(|_| ()).map_err(|error| Problem::of(&error))
+        }
+    })
+}
+
+/// A socket file that someone removed or replaced leads no caller here, though the listener lives.
+fn socket_is_there(door: &Bound) -> Check {
+    let reachable = door.reachable();
+    Check::shown("socket", Check::OFTEN, move || {
+        let there = reachable();
+        async move {
+            match there {
+                true => Ok(()),
+                false => Err("the socket file was removed or replaced; restart the broker".to_owned()),
+            }
         }
     })
 }
@@ -103,10 +111,14 @@ fn certificates(tls: &Arc<Tls>, clock: &SharedClock) -> Check {
     Check::shown("certificates", Check::OFTEN, move || {
         let now = clock.now();
         let expired = tls.expiries().into_iter().find(|(_, until)| *until <= now);
+        let refused = tls.is_refusing();
         async move {
-            match expired {
-                Some((kind, until)) => Err(format!("{kind} expired at {until}; put a new one in its place")),
-                None => Ok(()),
+            match (expired, refused) {
+                (Some((kind, until)), _) => {
+                    Err(format!("{kind} expired at {until}; put a new one in its place"))
+                }
+                (None, true) => Err("the files were refused; the last valid ones are in force".to_owned()),
+                (None, false) => Ok(()),
             }
         }
     })

@@ -127,13 +127,25 @@ impl Resolved {
     /// Parses, checks and completes a file's text.
     ///
     /// # Errors
-    /// [`ConfigError`], with file, line and column.
+    /// The first [`ConfigError`], with file, line and column.
     pub fn from_text(text: &str, file: &str) -> Result<Self, ConfigError> {
-        let raw = Raw::parse(text, file)?;
-        raw.resolve().map_err(|error| match raw::place_of(text, &error.place) {
+        let first = |errors: Vec<ConfigError>| errors.into_iter().next();
+        Self::all_from_text(text, file)
+            .map_err(|errors| first(errors).unwrap_or_else(|| ConfigError::new(file, "is not valid")))
+    }
+
+    /// As [`from_text`](Self::from_text), for who wants to know all that is wrong.
+    ///
+    /// # Errors
+    /// One [`ConfigError`] for each mistake, at least one. Of a text that is no TOML, or has keys that are not known,
+    /// only the first is found.
+    pub fn all_from_text(text: &str, file: &str) -> Result<Self, Vec<ConfigError>> {
+        let raw = Raw::parse(text, file).map_err(|error| vec![error])?;
+        let placed = |error: ConfigError| match raw::place_of(text, &error.place) {
             Some(place) => ConfigError::new(format!("{file}:{place}: {}", error.place), error.problem),
             None => ConfigError::new(format!("{file}: {}", error.place), error.problem),
-        })
+        };
+        raw.resolve().map_err(|errors| errors.into_iter().map(placed).collect())
     }
 }
 
@@ -194,7 +206,13 @@ protected = true
             ("file = \"/etc/claviger/root.key\"", "", "7:2: root_key"),
             ("file = \"/etc", "environment = \"X\"\nfile = \"/etc", "7:2: root_key"),
             ("protected = true", "ttl = \"5\"", "12:1: environments.production.ttl"),
-            ("protected = true", "aws.endpoint = \"x\"", "12:5: environments.production.aws.endpoint"),
+            (
+                "protected = true",
+                "store = \"aws\"\naws.endpoint = \"x\"",
+                "13:5: environments.production.aws.endpoint",
+            ),
+            ("protected = true", "aws.region = \"x\"", "12:1: environments.production.aws: "),
+            ("protected = true", "source_addresses = []", "12:1: environments.production.source_addresses: "),
             ("protected = true", "uncached = [\"a b*\"]", "12:1: environments.production.uncached"),
             (
                 "protected = true",
@@ -215,5 +233,63 @@ protected = true
             assert!(error.starts_with(&expected), "{error} (wanted {expected})");
             assert!(!error.contains('\n'), "{error}");
         }
+    }
+
+    #[test]
+    fn one_mistake_does_not_hide_another() {
+        let text = r#"
+[listen]
+tcp = "0.0.0.0:7340"
+unix_mode = "999"
+admin = "x"
+connections = 0
+drain = "soon"
+rates.per_address = "many"
+rates.strangers = "few"
+tls = { address = "x", certificate = "/c", key = "/k" }
+[kv]
+directory = "/var/lib/claviger"
+[root_key]
+[[root_key.previous]]
+file = "/f"
+[[root_key.previous]]
+[policy]
+directory = "/etc/claviger/policies"
+[audit]
+instance = "../x"
+retention = "1h"
+[cache]
+capacity_mib = 0
+[environments.development]
+aws.region = "eu-central-1"
+[environments.production]
+ttl = "5"
+source_addresses = []
+"#;
+        let errors = Resolved::all_from_text(text, "f").unwrap_err();
+        let said: Vec<_> = errors.iter().map(ToString::to_string).collect();
+        for expected in [
+            "f:3:1: listen.tcp: ",
+            "f:4:1: listen.unix_mode: ",
+            "f:5:1: listen.admin: ",
+            "f:6:1: listen.connections: ",
+            "f:7:1: listen.drain: ",
+            "f:8:7: listen.rates.per_address: ",
+            "f:9:7: listen.rates.strangers: ",
+            "f:10:9: listen.tls.address: ",
+            "f:13:2: root_key: ",
+            "f:14:12: root_key.previous: ",
+            "f:20:1: audit.instance: ",
+            "f:21:1: audit.retention: ",
+            "f:23:1: cache.capacity_mib: ",
+            "f:25:1: environments.development.aws: ",
+            "f:27:1: environments.production.ttl: ",
+            "f:28:1: environments.production.source_addresses: ",
+        ] {
+            assert!(said.iter().any(|said| said.starts_with(expected)), "{expected} in {said:#?}");
+        }
+        assert_eq!(said.len(), 16, "{said:#?}");
+        assert_eq!(Resolved::from_text(text, "f").unwrap_err(), errors[0]);
+        assert!(Resolved::all_from_text(GOOD, "f").is_ok());
     }
 }

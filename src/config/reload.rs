@@ -47,6 +47,7 @@ async fn reload(
     mut hangup: tokio::signal::unix::Signal,
     mut shutdown: watch::Receiver<bool>,
 ) {
+    let mut known = broker.policies().warnings();
     loop {
         let cause = tokio::select! {
             Some(()) = changes.recv() => "file change",
@@ -62,7 +63,7 @@ async fn reload(
                     cause,
                     "policies reloaded"
                 );
-                for warning in reloaded.warnings {
+                for warning in unknown(&mut known, reloaded.warnings) {
                     tracing::warn!("{warning}");
                 }
             }
@@ -70,5 +71,30 @@ async fn reload(
                 tracing::error!(%error, cause, "policies not reloaded; the last good set stays in force")
             }
         }
+    }
+}
+
+/// Those of `warnings` that were not there before; `known` becomes what is there now, so that one that comes back is
+/// said again.
+fn unknown(known: &mut Vec<String>, warnings: Vec<String>) -> Vec<String> {
+    let unknown = warnings.iter().filter(|warning| !known.contains(warning)).cloned().collect();
+    *known = warnings;
+    unknown
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_warning_is_said_once_for_as_long_as_it_is_there() {
+        let mut known = vec!["from the start".to_owned()];
+        let mut said =
+            |now: &[&str]| unknown(&mut known, now.iter().map(|text| (*text).to_owned()).collect());
+        assert!(said(&["from the start"]).is_empty());
+        assert_eq!(said(&["from the start", "new"]), ["new"]);
+        assert!(said(&["new", "from the start"]).is_empty(), "in whatever order");
+        assert!(said(&["new"]).is_empty());
+        assert_eq!(said(&["from the start", "new"]), ["from the start"], "it was gone in between");
     }
 }

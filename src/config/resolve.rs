@@ -1,4 +1,5 @@
-//! From what was written to what is meant: every value checked, every default filled in. No I/O.
+//! From what was written to what is meant: every value checked, every default filled in. No I/O. One mistake does not
+//! hide another: the default stands in for a value that is wrong, and the rest is looked at.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -17,31 +18,50 @@ impl Raw {
     /// Checks what was written and fills in what was not.
     ///
     /// # Errors
-    /// [`ConfigError`], naming the table and the key.
-    pub fn resolve(self) -> Result<Resolved, ConfigError> {
-        let limits = limits(&self.listen)?;
-        let admin = self.listen.admin.as_deref().map(|text| address("listen.admin", text)).transpose()?;
-        let previous =
-            self.root_key.previous.iter().cloned().map(|key| {
-                root_key("root_key.previous", (key.file, key.systemd_credential, key.environment))
-            });
-        let previous_root_keys = previous.collect::<Result<_, _>>()?;
-        let key = self.root_key;
-        let root_key = root_key("root_key", (key.file, key.systemd_credential, key.environment))?;
+    /// All that is wrong, at least one, each naming the table and the key.
+    pub fn resolve(self) -> Result<Resolved, Vec<ConfigError>> {
+        let mut problems = Problems::default();
+        let limits = limits(&self.listen, &mut problems);
+        let admin = self.listen.admin.as_deref();
+        let admin = admin.and_then(|text| problems.keep(address("listen.admin", text)));
+        let listen = listen(self.listen, &mut problems);
+        let (root_key, previous_root_keys) = root_keys(self.root_key, &mut problems);
+        let retention = problems.keep(retention(self.audit.retention.as_deref())).unwrap_or_default();
+        let instance = problems.keep(instance(self.audit.instance)).unwrap_or_default();
+        let cache_bytes = problems.keep(cache_bytes(self.cache.capacity_mib)).unwrap_or_default();
+        let registry = Registry::from_config(self.environments).map_err(|errors| {
+            problems.0.extend(errors.into_iter().map(of_environment));
+        });
         let policy = PolicySource::Directory(self.policy.directory);
-        let registry = Registry::from_config(self.environments).map_err(of_environment)?;
-        Ok(Resolved {
-            listen: listen(self.listen)?,
-            admin,
-            limits,
-            previous_root_keys,
-            retention: retention(self.audit.retention.as_deref())?,
-            instance: instance(self.audit.instance)?,
-            peers: self.identity.peer_credentials,
-            mtls: self.identity.mtls,
-            cache_bytes: cache_bytes(self.cache.capacity_mib)?,
-            ..Resolved::new(self.kv.directory, root_key, policy, registry)
-        })
+        match (root_key, registry) {
+            (Some(root_key), Ok(registry)) if problems.0.is_empty() => Ok(Resolved {
+                listen,
+                admin,
+                limits,
+                previous_root_keys,
+                retention,
+                instance,
+                peers: self.identity.peer_credentials,
+                mtls: self.identity.mtls,
+                cache_bytes,
+                ..Resolved::new(self.kv.directory, root_key, policy, registry)
+            }),
+            _ => Err(problems.0),
+        }
+    }
+}
+
+/// What is wrong so far.
+#[derive(Default)]
+struct Problems(Vec<ConfigError>);
+
+impl Problems {
+    fn say(&mut self, problem: ConfigError) {
+        self.0.push(problem);
+    }
+
+    fn keep<T>(&mut self, checked: Result<T, ConfigError>) -> Option<T> {
+        checked.map_err(|problem| self.say(problem)).ok()
     }
 }
 
@@ -73,7 +93,7 @@ fn cache_bytes(mib: Option<u64>) -> Result<u64, ConfigError> {
     }
 }
 
-fn limits(listen: &raw::Listen) -> Result<Limits, ConfigError> {
+fn limits(listen: &raw::Listen, problems: &mut Problems) -> Limits {
     let mut limits = Limits::default();
     for (key, given, limit) in [
         ("listen.connections", listen.connections, &mut limits.connections),
@@ -83,23 +103,26 @@ fn limits(listen: &raw::Listen) -> Result<Limits, ConfigError> {
         match given {
             None => {}
             Some(connections @ 1..=65_536) => *limit = connections,
-            Some(_) => return Err(ConfigError::new(key, "must be 1 to 65536")),
+            Some(_) => problems.say(ConfigError::new(key, "must be 1 to 65536")),
         }
     }
-    if let Some(drain) = &listen.drain {
-        limits.drain = duration("listen.drain", drain)?;
+    let drain = listen.drain.as_deref().and_then(|text| problems.keep(duration("listen.drain", text)));
+    if let Some(drain) = drain {
+        limits.drain = drain;
     }
     let rates = &listen.rates;
-    limits.per_principal = rate("listen.rates.per_principal", rates.per_principal.as_deref())?;
-    limits.per_address = rate("listen.rates.per_address", rates.per_address.as_deref())?;
-    if let Some(strangers) = rate("listen.rates.strangers", rates.strangers.as_deref())? {
+    let mut rate =
+        |key, text: &Option<String>| text.as_deref().and_then(|text| problems.keep(rate(key, text)));
+    limits.per_principal = rate("listen.rates.per_principal", &rates.per_principal);
+    limits.per_address = rate("listen.rates.per_address", &rates.per_address);
+    if let Some(strangers) = rate("listen.rates.strangers", &rates.strangers) {
         limits.strangers = strangers;
     }
-    Ok(limits)
+    limits
 }
 
-fn rate(key: &str, text: Option<&str>) -> Result<Option<Rate>, ConfigError> {
-    text.map(|text| Rate::parse(text).map_err(|problem| ConfigError::new(key, problem))).transpose()
+fn rate(key: &str, text: &str) -> Result<Rate, ConfigError> {
+    Rate::parse(text).map_err(|problem| ConfigError::new(key, problem))
 }
 
 fn duration(key: &str, text: &str) -> Result<Duration, ConfigError> {
@@ -110,37 +133,51 @@ fn address(key: &str, text: &str) -> Result<SocketAddr, ConfigError> {
     text.parse().map_err(|_| ConfigError::new(key, "must be ADDRESS:PORT, for example \"127.0.0.1:7340\""))
 }
 
-fn listen(raw: raw::Listen) -> Result<Vec<Listen>, ConfigError> {
-    let mut listen = Vec::new();
-    let mode = match raw.unix_mode.as_deref().map(|text| u32::from_str_radix(text, 8)) {
-        None => 0o660,
-        Some(Ok(mode)) if mode <= 0o777 => mode,
+fn listen(raw: raw::Listen, problems: &mut Problems) -> Vec<Listen> {
+    if raw.unix.is_none() && raw.tcp.is_none() && raw.tls.is_none() {
+        problems.say(ConfigError::new("listen", "names no listener; set unix, tcp or tls"));
+    }
+    let mode = problems.keep(mode(raw.unix_mode.as_deref())).unwrap_or_default();
+    let unix = raw.unix.map(|path| Listen::Unix { path, mode });
+    let tcp = raw.tcp.and_then(|text| problems.keep(loopback("listen.tcp", &text))).map(Listen::Tcp);
+    let tls = raw.tls.and_then(|tls| {
+        let settings = tls.resolve();
+        problems
+            .keep(settings.map_err(|(key, problem)| ConfigError::new(format!("listen.tls.{key}"), problem)))
+    });
+    [unix, tcp, tls.map(Listen::Tls)].into_iter().flatten().collect()
+}
+
+fn mode(text: Option<&str>) -> Result<u32, ConfigError> {
+    match text.map(|text| u32::from_str_radix(text, 8)) {
+        None => Ok(0o660),
+        Some(Ok(mode)) if mode <= 0o777 => Ok(mode),
         Some(_) => {
             let problem = "must be octal permission bits, for example \"0660\"";
-            return Err(ConfigError::new("listen.unix_mode", problem));
+            Err(ConfigError::new("listen.unix_mode", problem))
         }
-    };
-    if let Some(path) = raw.unix {
-        listen.push(Listen::Unix { path, mode });
     }
-    if let Some(text) = raw.tcp {
-        let address = address("listen.tcp", &text)?;
-        if !address.ip().is_loopback() {
-            let problem = "is not a loopback address, and without TLS secrets would cross the network in the \
-                           clear; use [listen.tls]";
-            return Err(ConfigError::new("listen.tcp", problem));
-        }
-        listen.push(Listen::Tcp(address));
+}
+
+fn loopback(key: &str, text: &str) -> Result<SocketAddr, ConfigError> {
+    let address = address(key, text)?;
+    if address.ip().is_loopback() {
+        return Ok(address);
     }
-    if let Some(tls) = raw.tls {
-        let settings =
-            tls.resolve().map_err(|(key, problem)| ConfigError::new(format!("listen.tls.{key}"), problem))?;
-        listen.push(Listen::Tls(settings));
-    }
-    if listen.is_empty() {
-        return Err(ConfigError::new("listen", "names no listener; set unix, tcp or tls"));
-    }
-    Ok(listen)
+    let problem = "is not a loopback address, and without TLS secrets would cross the network in the clear; use \
+                   [listen.tls]";
+    Err(ConfigError::new(key, problem))
+}
+
+/// The key in force, and those before it.
+fn root_keys(raw: raw::RootKey, problems: &mut Problems) -> (Option<RootKeyChoice>, Vec<RootKeyChoice>) {
+    let newest = root_key("root_key", (raw.file, raw.systemd_credential, raw.environment));
+    let newest = problems.keep(newest);
+    let previous = raw.previous.into_iter().filter_map(|key| {
+        let choice = (key.file, key.systemd_credential, key.environment);
+        problems.keep(root_key("root_key.previous", choice))
+    });
+    (newest, previous.collect())
 }
 
 fn root_key(

@@ -18,7 +18,8 @@ pub struct KeyError {
     problem: KeyProblem,
 }
 
-/// What is wrong with a key, and the mend. Nothing of the key itself.
+/// What is wrong with a key, and the mend where nothing is known of what the key is for: whoever knows that something is
+/// sealed or signed with it says so instead, see [`KeyError::origin`]. Nothing of the key itself.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum KeyProblem {
@@ -97,6 +98,12 @@ impl KeyError {
 
     pub(super) fn of_file(path: &Path, problem: KeyProblem) -> Self {
         Self::new(format!("key file `{}`", shown(path)), problem)
+    }
+
+    /// Where the key was looked for, for example ``key file `/etc/claviger/root.key` ``.
+    #[must_use]
+    pub fn origin(&self) -> &str {
+        &self.origin
     }
 
     /// What is wrong.
@@ -253,6 +260,7 @@ mod tests {
         let error = read_key_file(path, 64).unwrap_err();
         assert_eq!(error.reason(), Reason::InvalidKey);
         assert!(error.to_string().starts_with("key file `"), "{error}");
+        assert_eq!(error.to_string(), format!("{}: {}", error.origin(), error.problem()));
         error.problem().clone()
     }
 

@@ -570,7 +570,7 @@ pub struct ListConsumersRequest {
 /// Who uses a secret.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ListConsumersResponse {
-    /// At most 1000 of them, in the order of their names.
+    /// At most 1000 of them: those that watch first, then those that reported, each in the order of their names.
     #[prost(message, repeated, tag = "1")]
     pub consumers: ::prost::alloc::vec::Vec<Consumer>,
 }
@@ -1012,7 +1012,8 @@ pub mod secret_service_client {
                 .insert(GrpcMethod::new("claviger.v1.SecretService", "WatchSecrets"));
             self.inner.server_streaming(req, path, codec).await
         }
-        /// Says which version a consumer runs on now. `read` on the secret.
+        /// Says which version a consumer runs on now. `read` on the secret. One principal reports under at most 16 names for one
+        /// secret; a name is forgotten 30 days after its last report.
         pub async fn report_version_in_use(
             &mut self,
             request: impl tonic::IntoRequest<super::ReportVersionInUseRequest>,
@@ -1167,7 +1168,8 @@ pub mod secret_service_server {
             tonic::Response<Self::WatchSecretsStream>,
             tonic::Status,
         >;
-        /// Says which version a consumer runs on now. `read` on the secret.
+        /// Says which version a consumer runs on now. `read` on the secret. One principal reports under at most 16 names for one
+        /// secret; a name is forgotten 30 days after its last report.
         async fn report_version_in_use(
             &self,
             request: tonic::Request<super::ReportVersionInUseRequest>,

@@ -19,6 +19,7 @@ use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use crate::clock::SharedClock;
+use crate::error::Reasoned;
 
 /// How long a probe may take.
 const LIMIT: Duration = Duration::from_secs(2);
@@ -27,9 +28,32 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// How much of a probe's words is kept, in characters.
 const LONGEST: usize = 256;
 
-/// Asks a part whether it works. What it says is shown to whoever reaches the admin door: a line that names no secret,
-/// no caller and no value.
-pub type Probe = Box<dyn Fn() -> BoxFuture<'static, Result<(), String>> + Send + Sync>;
+/// Asks a part whether it works.
+pub type Probe = Box<dyn Fn() -> BoxFuture<'static, Result<(), Problem>> + Send + Sync>;
+
+/// What is wrong with a part, on one line each: for whoever reaches the admin door, and for the log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    shown: String,
+    logged: String,
+}
+
+impl Problem {
+    /// An error of a layer below. Its stable code is shown; its text may name a path, an account or a role, and goes
+    /// to the log alone.
+    #[must_use]
+    pub fn of(error: &impl Reasoned) -> Self {
+        Self { shown: error.reason().code().to_owned(), logged: one_line(&error.to_string()) }
+    }
+}
+
+/// A line that anybody may read: it names no secret, no caller, no account and no path.
+impl From<String> for Problem {
+    fn from(text: String) -> Self {
+        let line = one_line(&text);
+        Self { shown: line.clone(), logged: line }
+    }
+}
 
 /// One thing that must work.
 pub struct Check {
@@ -50,22 +74,27 @@ impl Check {
     pub const SELDOM: Duration = Duration::from_secs(30);
 
     /// A check that the broker is not ready without, made [often](Self::OFTEN).
-    pub fn needed<F>(name: impl Into<String>, probe: impl Fn() -> F + Send + Sync + 'static) -> Self
+    pub fn needed<F, E>(name: impl Into<String>, probe: impl Fn() -> F + Send + Sync + 'static) -> Self
     where
-        F: Future<Output = Result<(), String>> + Send + 'static,
+        F: Future<Output = Result<(), E>> + Send + 'static,
+        E: Into<Problem> + Send + 'static,
     {
-        let probe: Probe = Box::new(move || -> BoxFuture<'static, Result<(), String>> { Box::pin(probe()) });
+        let probe: Probe = Box::new(move || -> BoxFuture<'static, Result<(), Problem>> {
+            let asked = probe();
+            Box::pin(async move { asked.await.map_err(|problem| -> Problem { problem.into() }) })
+        });
         Self { name: name.into(), needed_for_ready: true, every: Self::OFTEN, probe }
     }
 
     /// A check that is only shown, made so often.
-    pub fn shown<F>(
+    pub fn shown<F, E>(
         name: impl Into<String>,
         every: Duration,
         probe: impl Fn() -> F + Send + Sync + 'static,
     ) -> Self
     where
-        F: Future<Output = Result<(), String>> + Send + 'static,
+        F: Future<Output = Result<(), E>> + Send + 'static,
+        E: Into<Problem> + Send + 'static,
     {
         Self { needed_for_ready: false, every, ..Self::needed(name, probe) }
     }
@@ -89,7 +118,7 @@ pub struct Finding {
     /// What it found.
     ///
     /// # Errors
-    /// What is wrong, on one line.
+    /// What is wrong, on one line that anybody may read.
     pub result: Result<(), String>,
 }
 
@@ -179,12 +208,13 @@ impl Health {
 
     async fn make(&self, (check, seen): &(Check, Mutex<Option<Seen>>)) {
         let result = match timeout(self.limit, (check.probe)()).await {
-            Ok(result) => result.map_err(|problem| one_line(&problem)),
-            Err(_) => Err(format!("gave no answer within {:?}", self.limit)),
+            Ok(result) => result,
+            Err(_) => Err(Problem::from(format!("gave no answer within {:?}", self.limit))),
         };
-        let found = Seen { made: self.clock.monotonic(), checked_at: self.clock.now(), result };
-        let before = locked(seen).replace(found.clone());
-        say(&check.name, before.as_ref(), &found);
+        let shown = result.as_ref().copied().map_err(|problem| problem.shown.clone());
+        let found = Seen { made: self.clock.monotonic(), checked_at: self.clock.now(), result: shown };
+        let before = locked(seen).replace(found);
+        say(&check.name, before.is_some_and(|before| before.result.is_err()), &result);
         let ready = self.ready();
         self.ready.send_if_modified(|told| std::mem::replace(told, ready) != ready);
     }
@@ -212,23 +242,31 @@ fn finding(check: &Check, seen: Option<&Seen>, now: Duration) -> Finding {
 }
 
 /// Tells the log when a check begins to fail, and when it no longer does.
-fn say(check: &str, before: Option<&Seen>, found: &Seen) {
-    let failed_before = before.is_some_and(|before| before.result.is_err());
-    match (&found.result, failed_before) {
-        (Err(problem), false) => tracing::error!(check, %problem, "a health check fails"),
+fn say(check: &str, failed_before: bool, result: &Result<(), Problem>) {
+    match (result, failed_before) {
+        (Err(problem), false) => tracing::error!(check, problem = %problem.logged, "a health check fails"),
         (Ok(()), true) => tracing::info!(check, "a health check passes again"),
         _ => {}
     }
 }
 
+/// Cut, and without what a terminal would not print as it stands: control characters, other line ends, and marks that
+/// turn or hide text.
 fn one_line(problem: &str) -> String {
-    problem.chars().map(|c| if c.is_control() { ' ' } else { c }).take(LONGEST).collect()
+    let clean = |c: char| match c {
+        '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}' => ' ',
+        c if c.is_control() => ' ',
+        c => c,
+    };
+    problem.chars().map(clean).take(LONGEST).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::clock::ManualClock;
+    use crate::error::Reason;
+    use std::io;
     use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
     struct Part {
@@ -243,10 +281,10 @@ mod tests {
 
         fn probe(self: &Arc<Self>) -> Probe {
             let part = Arc::clone(self);
-            Box::new(move || -> BoxFuture<'static, Result<(), String>> {
+            Box::new(move || -> BoxFuture<'static, Result<(), Problem>> {
                 part.asked.fetch_add(1, Ordering::SeqCst);
                 let works = part.works.load(Ordering::SeqCst);
-                Box::pin(async move { if works { Ok(()) } else { Err("out\nof order".to_owned()) } })
+                Box::pin(async move { if works { Ok(()) } else { Err("out\nof order".to_owned().into()) } })
             })
         }
     }
@@ -329,7 +367,7 @@ mod tests {
     #[tokio::test]
     async fn a_probe_that_hangs_fails() {
         let (_stop, stopped) = watch::channel(false);
-        let hangs = Check::needed("kv", std::future::pending);
+        let hangs = Check::needed("kv", std::future::pending::<Result<(), String>>);
         let clock = ManualClock::new(Timestamp::UNIX_EPOCH);
         let health = Health::with_limit(vec![hangs], clock, stopped, Duration::from_millis(1));
         health.check_now().await;
@@ -342,5 +380,78 @@ mod tests {
         fixture.health.check_now().await;
         fixture.stop.send(true).unwrap();
         assert!(fixture.health.draining() && !fixture.health.ready());
+    }
+
+    /// What a disk that can't be written says.
+    #[derive(Debug, thiserror::Error)]
+    #[error("/var/lib/claviger/audit: no space\u{1b}[2J\nis left")]
+    struct DiskFull;
+
+    impl Reasoned for DiskFull {
+        fn reason(&self) -> Reason {
+            Reason::AuditUnavailable
+        }
+    }
+
+    #[test]
+    fn what_an_error_says_is_for_the_log_alone() {
+        let problem = Problem::of(&DiskFull);
+        assert_eq!(problem.shown, "AUDIT_UNAVAILABLE");
+        assert_eq!(problem.logged, "/var/lib/claviger/audit: no space [2J is left");
+    }
+
+    #[test]
+    fn a_detail_is_one_short_line() {
+        assert_eq!(one_line("a\r\nb\u{0}c\u{85}d\u{2028}e\u{202e}f\u{feff}g"), "a  b c d e f g");
+        assert_eq!(one_line(&"\u{e9}".repeat(1_000)), "\u{e9}".repeat(LONGEST));
+    }
+
+    #[derive(Clone, Default)]
+    struct Said(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Said {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[tokio::test]
+    async fn each_crossing_is_said_once() {
+        let fails = Arc::new(AtomicBool::new(false));
+        let probe = Arc::clone(&fails);
+        let check = Check::needed("audit", move || {
+            let fails = probe.load(Ordering::SeqCst);
+            async move { if fails { Err(Problem::of(&DiskFull)) } else { Ok(()) } }
+        });
+        let (_stop, stopped) = watch::channel(false);
+        let health = Health::new(vec![check], ManualClock::new(Timestamp::UNIX_EPOCH), stopped);
+        // Once before anybody listens, so that the places in the code that speak are known to whoever does.
+        for fail in [true, false] {
+            fails.store(fail, Ordering::SeqCst);
+            health.check_now().await;
+        }
+        let said = Said::default();
+        let writer = said.clone();
+        let lines = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
+        let listening = tracing::subscriber::set_default(lines);
+        for fail in [false, true, true, true, false, false, true] {
+            fails.store(fail, Ordering::SeqCst);
+            health.check_now().await;
+        }
+        drop(listening);
+        assert_eq!(health.findings()[0].result, Err("AUDIT_UNAVAILABLE".to_owned()));
+        let said = String::from_utf8(said.0.lock().unwrap().clone()).unwrap();
+        let fails =
+            "ERROR claviger::server::health: a health check fails check=\"audit\" problem=/var/lib/claviger";
+        let passes = "INFO claviger::server::health: a health check passes again check=\"audit\"";
+        let lines: Vec<_> = said.lines().collect();
+        assert_eq!(lines.len(), 3, "{said}");
+        for (line, expected) in lines.iter().zip([fails, passes, fails]) {
+            assert!(line.contains(expected), "{said}");
+        }
     }
 }

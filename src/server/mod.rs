@@ -27,7 +27,8 @@ pub use listen::{Bound, Listen, Places};
 /// Bounds on what callers may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Connections at a time, over all listeners. One more is closed at once.
+    /// Connections at a time, over all listeners. One more is closed at once. A sixteenth of them, at least 16, is kept for
+    /// Unix sockets; of the others, half may be of callers who have not said yet who they are.
     pub connections: usize,
     /// Connections at a time of one caller: of one Unix user, of one IPv4 address, of one IPv6 network of 64 bits.
     pub connections_per_caller: usize,
@@ -53,7 +54,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             connections: 1_024,
-            connections_per_caller: 512,
+            connections_per_caller: 256,
             watches_per_caller: 1_024,
             streams: 256,
             message_bytes: 1024 * 1024,

@@ -506,6 +506,47 @@ async fn a_broker_that_ended_between_log_and_file_goes_on_with_the_next_key() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_whose_audit_key_is_lost_goes_on_where_that_is_accepted_and_on_record() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut resolved, data) = (assembled::resolved(folder.path()), folder.path().join("data"));
+    let running = assembled::start(&resolved, assembled::clock()).await.unwrap();
+    assembled::put(&running, assembled::id("development", "database"), "value").await.unwrap();
+    running.broker.rotate_audit_key(&administrator()).await.unwrap();
+    running.stop().await.unwrap();
+    drop(running);
+    let former = published(&data);
+    fs::remove_file(data.join("keys/audit.key")).unwrap();
+
+    let error = assembled::start(&resolved, assembled::clock()).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::InvalidKey, "{error}");
+    let text = error.to_string();
+    assert!(text.contains("restore it from a backup") && text.contains("--accept-loss"), "{text}");
+    assert!(!data.join("keys/audit.key").exists());
+
+    resolved.accept_loss = true;
+    let running = assembled::start(&resolved, assembled::clock()).await.unwrap();
+    let report = running.broker.verify_audit(&administrator()).await.unwrap();
+    assert!(report.is_clean(), "{report:?}");
+    running.stop().await.unwrap();
+    drop(running);
+    resolved.accept_loss = false;
+    assembled::start(&resolved, assembled::clock()).await.unwrap().stop().await.unwrap();
+
+    let known = published(&data);
+    assert_eq!((&known[..2], known.len()), (&former[..], 3));
+    let report = verify(&data.join("audit"), &known, &[]).unwrap();
+    assert!(report.is_clean(), "{report:?}");
+    assert_eq!((report.unanchored(), report.instances[0].losses), (0, 1));
+    let stranger = verify(&data.join("audit"), &former, &[]).unwrap();
+    assert_eq!(findings(&stranger), [FindingKind::UnknownKey], "{stranger:?}");
+    let said = records(folder.path());
+    let lost = said.iter().position(|line| line["kind"] == "lost").unwrap();
+    let problem = said[lost]["problem"].as_str().unwrap();
+    assert!(problem.contains("audit.key") && problem.contains(&known[2].id()), "{problem}");
+    assert_eq!(said[lost + 1]["kind"], "start", "the start that accepted it");
+}
+
 /// How often something was done.
 #[derive(Default)]
 struct Tally {

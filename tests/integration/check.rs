@@ -15,6 +15,12 @@ fn said(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
 }
 
+/// That a broker does not start either.
+fn does_not_start(config: &Path) {
+    let output = claviger(["serve", "--config", config.to_str().unwrap()]).output().unwrap();
+    assert!(!output.status.success(), "{}", said(&output));
+}
+
 /// Every path below a folder, and what the files hold.
 fn contents(folder: &Path) -> Vec<(std::path::PathBuf, Vec<u8>)> {
     let mut found = Vec::new();
@@ -81,17 +87,114 @@ fn a_mistake_in_the_file_has_its_line() {
 }
 
 #[test]
+fn mistakes_in_the_file_do_not_hide_each_other() {
+    let folder = tempfile::tempdir().unwrap();
+    let staging = "[environments.staging]\naws.region = \"eu-central-1\"\nsource_addresses = []";
+    let (config, _) = Served::configure(folder.path(), "drain = \"soon\"\nconnections = 0", staging);
+    let output = check(&config, &[]);
+    assert_eq!(output.status.code(), Some(1), "{}", said(&output));
+    let places = [
+        "listen.drain",
+        "listen.connections",
+        "environments.staging.aws",
+        "environments.staging.source_addresses",
+    ];
+    for place in places {
+        assert!(said(&output).contains(&format!(": {place}: ")), "{place} in {}", said(&output));
+    }
+    assert!(said(&output).ends_with(": 4 problems\n"), "{}", said(&output));
+    does_not_start(&config);
+}
+
+#[test]
+fn two_doors_on_one_address_are_both_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let somebody = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let tcp = somebody.local_addr().unwrap();
+    let (config, _) = Served::configure(folder.path(), &format!("tcp = \"{tcp}\""), "");
+    let good = std::fs::read_to_string(&config).unwrap();
+    let port = tcp.port();
+    let find_both = |admins: &[String]| {
+        for admin in admins {
+            std::fs::write(&config, good.replace("admin = \"127.0.0.1:0\"", &format!("admin = \"{admin}\"")))
+                .unwrap();
+            let output = check(&config, &[]);
+            assert_eq!(output.status.code(), Some(1), "{}", said(&output));
+            let expected = format!("error    listen.admin: {admin} is taken by listen.tcp ({tcp}); ");
+            assert!(said(&output).contains(&expected), "{expected} in {}", said(&output));
+        }
+    };
+    let admins = [tcp.to_string(), format!("0.0.0.0:{port}")];
+    find_both(&admins);
+    let output = check(&config, &[]);
+    assert!(said(&output).contains("warning  listen.tcp: "), "the broker that runs: {}", said(&output));
+    drop(somebody);
+    find_both(&admins);
+}
+
+#[test]
+fn a_socket_whose_path_is_too_long_is_a_problem() {
+    let folder = tempfile::tempdir().unwrap();
+    let others = folder.path().as_os_str().len() + "//broker.sock".len();
+    for length in [107, 108] {
+        let deep = folder.path().join("x".repeat(length - others));
+        std::fs::create_dir(&deep).unwrap();
+        let (config, _) = Served::configure(&deep, "", "");
+        let output = check(&config, &[]);
+        assert_eq!(output.status.success(), length == 107, "{}", said(&output));
+        if length == 108 {
+            assert!(said(&output).contains("error    listen.unix: "), "{}", said(&output));
+            does_not_start(&config);
+        }
+    }
+}
+
+#[test]
+fn modes_that_a_start_refuses_are_problems() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut program = Served::start(folder.path()).program;
+    assert!(program.signal(rustix::process::Signal::TERM).success());
+    let config = folder.path().join("broker.toml");
+    let set_mode = |path: &Path, mode| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+    };
+    for (path, place, bad, good) in [
+        ("data/keys", "kv.directory", 0o755, 0o700),
+        ("data/claviger.db", "kv", 0o644, 0o600),
+        ("data/claviger.db.lock", "kv", 0o666, 0o600),
+    ] {
+        let path = folder.path().join(path);
+        set_mode(&path, bad);
+        let output = check(&config, &[]);
+        assert_eq!(output.status.code(), Some(1), "{}", said(&output));
+        let expected = format!("error    {place}: {}", path.display());
+        assert!(said(&output).contains(&expected), "{expected} in {}", said(&output));
+        does_not_start(&config);
+        set_mode(&path, good);
+    }
+    let before = contents(folder.path());
+    let mended = check(&config, &[]);
+    assert!(mended.status.success(), "{}", said(&mended));
+    assert_eq!(contents(folder.path()), before);
+}
+
+#[test]
 fn online_asks_the_stores_and_leaves_those_of_a_running_broker_alone() {
     let folder = tempfile::tempdir().unwrap();
     let served = Served::start(folder.path());
     assert!(served.program.put("development", "x", b"v").status.success());
     let config = folder.path().join("broker.toml");
-    let running = said(&check(&config, &["--online"]));
-    assert!(running.contains("is open in a broker that runs"), "{running}");
+    for online in [&["--online"][..], &[]] {
+        let running = said(&check(&config, online));
+        assert_eq!(running.matches("is open in a broker that runs").count(), 1, "{running}");
+    }
     assert_eq!(served.program.ok(["get", "-e", "development", "x"]), "v");
     let mut program: Program = served.program;
     assert!(program.signal(rustix::process::Signal::TERM).success());
+    let offline = said(&check(&config, &[]));
+    assert!(offline.contains("whether it fits the database is checked with --online"), "{offline}");
     let stopped = check(&config, &["--online"]);
+    assert!(!said(&stopped).contains("is checked with --online"), "{}", said(&stopped));
     assert!(stopped.status.success(), "{}", said(&stopped));
     assert!(said(&stopped).contains("opens with the root key"), "{}", said(&stopped));
     std::fs::write(folder.path().join("root.key"), "0".repeat(63) + "1").unwrap();

@@ -5,15 +5,21 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use claviger::client::{
-    Builder, Cached, Client, ClientError, ClientIdentity, Expected, PutOptions, Query, Snapshot, TlsOptions,
+    Address, Builder, Cached, Client, ClientError, ClientIdentity, Connection, Expected, PutOptions, Query,
+    Snapshot, TlsOptions,
 };
 use claviger::clock::ManualClock;
 use claviger::error::Reason;
+use claviger::proto::v1;
 use claviger::secret::{Label, SecretValue, Selector, VersionId};
 use rustix::process::Signal;
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use tokio::io::AsyncReadExt as _;
+use tonic::Code;
 
-use crate::support::certificates::{Authority, Issued, Leaf};
-use crate::support::program::{Program, Served};
+use crate::support::certificates::{Authority, Leaf};
+use crate::support::program::{Program, Served, claviger};
 
 /// How long anything may take before a test is called hung. Never what a test waits for.
 const HUNG: Duration = Duration::from_secs(60);
@@ -345,72 +351,286 @@ async fn a_watch_ends_with_its_last_handle() {
     until("the watch is gone", async || !watching().await).await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn over_tls_each_side_is_known_by_its_certificate() {
-    let folder = tempfile::tempdir().unwrap();
-    let place = folder.path();
-    let (authority, stranger) = (Authority::new("the authority"), Authority::new("a stranger"));
-    let server = authority.server();
-    write(&place.join("tls.crt"), &server.certificate);
-    write(&place.join("tls.key"), &server.key);
-    let ca_file = write(&place.join("ca.crt"), &authority.pem());
-    let tls = format!(
-        r#"tls = {{ address = "127.0.0.1:0", certificate = "{0}/tls.crt", key = "{0}/tls.key", client_ca = "{0}/ca.crt" }}"#,
-        place.display()
-    );
-    let callers = r#"
+/// A broker that asks for client certificates, and holds a secret `app`.
+struct Remote {
+    program: Program,
+    /// `https://127.0.0.1:PORT`.
+    address: String,
+    /// `http://127.0.0.1:PORT` of the door for probes.
+    admin: String,
+    authority: Authority,
+    stranger: Authority,
+    /// The authority's own certificate, as clients have it.
+    ca_file: PathBuf,
+    folder: tempfile::TempDir,
+}
+
+impl Remote {
+    fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let place = folder.path();
+        let (authority, stranger) = (Authority::new("the authority"), Authority::new("a stranger"));
+        let server = authority.server();
+        write(&place.join("tls.crt"), &server.certificate);
+        write(&place.join("tls.key"), &server.key);
+        write(&place.join("ca.crt"), &authority.pem());
+        let ca_file = write(&place.join("trusted.crt"), &authority.pem());
+        let tls = format!(
+            r#"tls = {{ address = "127.0.0.1:0", certificate = "{0}/tls.crt", key = "{0}/tls.key", client_ca = "{0}/ca.crt" }}"#,
+            place.display()
+        );
+        let callers = r#"
 [[identity.mtls.callers]]
 dns = "orders.internal"
 kind = "workload"
 id = "orders"
 groups = ["service-development"]
 "#;
-    let Served { program, .. } = Served::with(place, &tls, callers);
-    program.put("development", "app", b"over the network");
-    program.wait_for_log("listening on https://");
-    let log = program.log();
-    let address = log.split_whitespace().find(|word| word.starts_with("https://")).unwrap().to_owned();
+        let Served { program, admin, .. } = Served::with(place, &tls, callers);
+        assert!(program.put("development", "app", b"over the network").status.success());
+        program.wait_for_log("listening on https://");
+        let log = program.log();
+        let address = log.split_whitespace().find(|word| word.starts_with("https://")).unwrap().to_owned();
+        Self { program, address, admin, authority, stranger, ca_file, folder }
+    }
 
-    let identity = |name: &str, issued: &Issued| ClientIdentity {
-        certificate: write(&place.join(format!("{name}.crt")), &issued.certificate),
-        key: write(&place.join(format!("{name}.key")), &issued.key),
-    };
-    let leaf = Leaf { dns: &["orders.internal"], ..Leaf::default() };
-    let orders = identity("orders", &authority.client(&leaf));
-    let connect = |ca_file: &Path, identity: Option<ClientIdentity>| {
-        let tls = TlsOptions { ca_file: Some(ca_file.to_owned()), identity, server_name: None };
-        let builder = builder(&program).address(address.as_str()).tls(tls);
-        async move { builder.build().await }
-    };
+    /// What `orders` presents, as this authority has it.
+    fn orders(&self, issuer: &Authority, name: &str) -> ClientIdentity {
+        let issued = issuer.client(&Leaf { dns: &["orders.internal"], ..Leaf::default() });
+        let file = |kind: &str| self.folder.path().join(format!("{name}.{kind}"));
+        ClientIdentity {
+            certificate: write(&file("crt"), &issued.certificate),
+            key: write(&file("key"), &issued.key),
+        }
+    }
 
-    let client = connect(&ca_file, Some(orders.clone())).await.unwrap();
+    fn tls(&self, identity: Option<ClientIdentity>) -> TlsOptions {
+        TlsOptions { ca_file: Some(self.ca_file.clone()), identity, server_name: None }
+    }
+
+    async fn client(&self, tls: TlsOptions) -> Result<Client, ClientError> {
+        builder(&self.program).address(self.address.as_str()).tls(tls).build().await
+    }
+
+    /// Runs `get app` against an address, as a user does.
+    fn get(&self, address: &str, identity: Option<&ClientIdentity>) -> (Option<i32>, String, String) {
+        let mut command = claviger(["get", "-e", "development", "app"]);
+        command.env("CLAVIGER_ADDR", address).env("CLAVIGER_CA_FILE", &self.ca_file);
+        if let Some(ClientIdentity { certificate, key }) = identity {
+            command.arg("--client-cert").arg(certificate).arg("--client-key").arg(key);
+        }
+        let output = command.output().unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (output.status.code(), text(&output.stdout), text(&output.stderr))
+    }
+}
+
+/// Opens a connection and asks something over it.
+async fn asked(address: &str, tls: &TlsOptions) -> Result<(), ClientError> {
+    let address = Address::parse(address).unwrap();
+    list(&Connection::open_with(&address, tls, None, HUNG).await?).await
+}
+
+async fn list(connection: &Connection) -> Result<(), ClientError> {
+    let request = v1::ListSecretsRequest { environment: "development".to_owned(), ..Default::default() };
+    connection.secrets().list_secrets(request).await.map(drop).map_err(ClientError::from)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn over_tls_each_side_is_known_by_its_certificate() {
+    let remote = Remote::start();
+    let orders = remote.orders(&remote.authority, "orders");
+    let client = remote.client(remote.tls(Some(orders.clone()))).await.unwrap();
     assert_eq!(shown(&client.get("app").await.unwrap()), "over the network");
     assert_eq!(shown(&client.cached("app").await.unwrap().current().unwrap().value), "over the network");
 
     // Another authority's broker is none.
-    let other_ca = write(&place.join("other.crt"), &stranger.pem());
-    let error = connect(&other_ca, Some(orders.clone())).await.unwrap_err();
+    let other_ca = write(&remote.folder.path().join("other.crt"), &remote.stranger.pem());
+    let tls = TlsOptions { ca_file: Some(other_ca), ..remote.tls(Some(orders.clone())) };
+    let error = remote.client(tls).await.unwrap_err();
     assert_eq!(error.reason, Reason::Unauthenticated);
     assert!(error.message.contains("--ca-file"), "{error}");
 
-    // What a broker thinks of the client's certificate it says after the handshake.
-    let quickly = Duration::from_secs(2);
-    let tls = TlsOptions { ca_file: Some(ca_file.clone()), ..TlsOptions::default() };
-    let nobody = builder(&program).address(address.as_str()).tls(tls).timeout(quickly).build().await.unwrap();
-    let error = nobody.get("app").await.unwrap_err();
-    assert!(error.message.contains("client certificate"), "{error}");
-    let foreign = identity("foreign", &stranger.client(&leaf));
-    let tls = TlsOptions { ca_file: Some(ca_file.clone()), identity: Some(foreign), server_name: None };
-    let foreign =
-        builder(&program).address(address.as_str()).tls(tls).timeout(quickly).build().await.unwrap();
-    assert!(foreign.get("app").await.is_err());
-
     // The command line goes the same way.
-    let key = orders.key.to_str().unwrap();
-    let certificate = orders.certificate.to_str().unwrap();
-    let mut command = crate::support::program::claviger(["get", "-e", "development", "app"]);
-    command.env("CLAVIGER_ADDR", &address).env("CLAVIGER_CA_FILE", &ca_file);
-    command.args(["--client-cert", certificate, "--client-key", key]);
-    let output = command.output().unwrap();
-    assert_eq!(String::from_utf8_lossy(&output.stdout), "over the network", "{output:?}");
+    let (code, stdout, stderr) = remote.get(&remote.address, Some(&orders));
+    assert_eq!((code, stdout.as_str()), (Some(0), "over the network"), "{stderr}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_certificate_that_is_refused_is_told_alike_each_time() {
+    let remote = Remote::start();
+    let foreign = remote.orders(&remote.stranger, "foreign");
+    for (identity, words) in [
+        (Some(foreign), "the broker does not accept the client certificate ("),
+        (None, "the broker wants a client certificate (CertificateRequired)"),
+    ] {
+        // What the broker thinks it says after the handshake: before, while or after the call is sent.
+        let tls = remote.tls(identity.clone());
+        for _ in 0..20 {
+            let error = asked(&remote.address, &tls).await.unwrap_err();
+            assert_eq!(
+                (error.reason, error.code),
+                (Reason::Unauthenticated, Code::Unauthenticated),
+                "{error}"
+            );
+            assert!(error.message.starts_with(words), "{error}");
+        }
+        for _ in 0..5 {
+            let (code, _, stderr) = remote.get(&remote.address, identity.as_ref());
+            assert_eq!(code, Some(3), "{stderr}");
+            assert!(stderr.contains(words) && stderr.contains("[UNAUTHENTICATED]"), "{stderr}");
+        }
+    }
+}
+
+/// A server of TLS that ends so many connections right after the handshake, without a word, and then is gone.
+async fn hanging_up(authority: &Authority, times: usize) -> String {
+    let server = authority.server();
+    let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(server.certificate.as_bytes()).collect();
+    let key = PrivateKeyDer::from_pem_slice(server.key.as_bytes()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let mut config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(chain.unwrap(), key)
+        .unwrap();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = format!("https://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        for _ in 1..times {
+            let (stream, _) = listener.accept().await.unwrap();
+            drop(acceptor.accept(stream).await);
+        }
+        let (stream, _) = listener.accept().await.unwrap();
+        let last = acceptor.accept(stream).await;
+        // It listens no more before the last one learns of its end.
+        drop(listener);
+        drop(last);
+    });
+    address
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_that_end_without_a_word_raise_a_suspicion_at_the_second_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let authority = Authority::new("the authority");
+    let issued = authority.client(&Leaf::default());
+    let identity = ClientIdentity {
+        certificate: write(&folder.path().join("own.crt"), &issued.certificate),
+        key: write(&folder.path().join("own.key"), &issued.key),
+    };
+    let ca_file = Some(write(&folder.path().join("ca.crt"), &authority.pem()));
+    for (identity, words) in [
+        (Some(identity), "perhaps it does not accept the client certificate"),
+        (None, "perhaps it wants a client certificate; name yours with --client-cert"),
+    ] {
+        let tls = TlsOptions { ca_file: ca_file.clone(), identity, server_name: None };
+        let address = hanging_up(&authority, usize::MAX).await;
+        for _ in 0..10 {
+            let error = asked(&address, &tls).await.unwrap_err();
+            assert_eq!(error.reason, Reason::Unauthenticated, "{error}");
+            assert!(error.message.contains(words) && error.message.contains("twice"), "{error}");
+            assert!(error.is_transient(), "a suspicion is no refusal");
+        }
+        // What was there once and is gone stops, and has nothing against anyone.
+        let error = asked(&hanging_up(&authority, 1).await, &tls).await.unwrap_err();
+        assert_eq!((error.reason, error.code), (Reason::Unavailable, Code::Unavailable), "{error}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_watch_that_ends_with_the_trust_in_its_certificate_says_so() {
+    let remote = Remote::start();
+    let tls = remote.tls(Some(remote.orders(&remote.authority, "orders")));
+    let address = Address::parse(&remote.address).unwrap();
+    let connection = Connection::open_with(&address, &tls, None, HUNG).await.unwrap();
+    let request = v1::WatchSecretsRequest {
+        environment: "development".to_owned(),
+        names: vec!["app".to_owned()],
+        consumer: "tests".to_owned(),
+        ..Default::default()
+    };
+    let mut told = connection.secrets_without_deadline().watch_secrets(request).await.unwrap().into_inner();
+    assert!(told.message().await.unwrap().is_some());
+
+    write(&remote.folder.path().join("ca.crt"), &remote.stranger.pem());
+    rustix::process::kill_process(remote.program.id(), Signal::HUP).unwrap();
+    let ended = async {
+        loop {
+            match told.message().await {
+                Ok(next) => assert!(next.is_some(), "an end without a word"),
+                Err(status) => return ClientError::from(status),
+            }
+        }
+    };
+    let error = tokio::time::timeout(HUNG, ended).await.expect("the broker cuts it off");
+    assert_eq!(error.reason, Reason::Unavailable, "{error}");
+    assert!(error.message.starts_with("the broker ended the connection ("), "{error}");
+    assert!(error.message.contains("no longer trusts the client certificate"), "{error}");
+    assert!(!error.message.contains("docs.rs") && !error.message.contains("take effect"), "{error}");
+    until("the next connection hears why", async || {
+        let refused = list(&connection).await.unwrap_err();
+        refused.reason == Reason::Unauthenticated && refused.message.contains("does not accept")
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_port_that_does_not_speak_in_the_clear_is_asked_about() {
+    let remote = Remote::start();
+    let plain = remote.address.replacen("https://", "http://", 1);
+    for address in [&plain, &remote.admin] {
+        let asks =
+            format!("{address}: the other side does not speak HTTP/2 in the clear; is it an https:// port");
+        let error = asked(address, &TlsOptions::default()).await.unwrap_err();
+        assert!(error.message.starts_with(&asks), "{error}");
+        let (code, _, stderr) = remote.get(address, None);
+        assert_eq!(code, Some(5), "{stderr}");
+        assert!(stderr.contains(&asks), "{stderr}");
+    }
+}
+
+/// A socket where calls end, or are never answered.
+fn without_answers(path: &Path, ends: bool) {
+    let listener = tokio::net::UnixListener::bind(path).unwrap();
+    tokio::spawn(async move {
+        let mut held = Vec::new();
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            // The client's preface (RFC 9113, section 3.4): it is connected.
+            stream.read_exact(&mut [0; 24]).await.unwrap();
+            if !ends {
+                held.push(stream);
+            }
+        }
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_what_changes_something_leaves_a_doubt() {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, ends, timeout, reason) in [
+        ("ends.sock", true, HUNG, Reason::Unavailable),
+        ("mute.sock", false, Duration::from_secs(1), Reason::DeadlineExceeded),
+    ] {
+        let path = folder.path().join(name);
+        without_answers(&path, ends);
+        let address = Address::parse(&format!("unix://{}", path.display())).unwrap();
+        let connection = Connection::open(&address, None, timeout).await.unwrap();
+        let read = list(&connection).await.unwrap_err();
+        let request = v1::DeleteSecretRequest {
+            environment: "development".to_owned(),
+            name: "app".to_owned(),
+            ..Default::default()
+        };
+        let deleted =
+            connection.secrets().delete_secret(request).await.map_err(ClientError::from).unwrap_err();
+        for (error, doubt) in [(read, false), (deleted, true)] {
+            assert_eq!(error.reason, reason, "{error}");
+            assert_eq!(error.message.contains("a change may still take effect"), doubt, "{error}");
+        }
+    }
 }

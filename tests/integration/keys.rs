@@ -24,7 +24,7 @@ use tokio::sync::watch;
 use crate::support::assembled::{
     BrokerResult, administrator, clock, id, person, put, records, resolved, start,
 };
-use crate::support::program::{Program, claviger};
+use crate::support::program::{Program, Served, claviger};
 use crate::support::{channel, secrets};
 
 /// How long anything may take before a test is called hung. Never what a test waits for.
@@ -262,6 +262,86 @@ async fn a_key_that_is_given_takes_over_from_the_previous_one() {
     running.stop().await.unwrap();
 }
 
+/// A configuration whose root key is in a variable, as the one on one machine has it in a credential: not in a file that
+/// the broker may write.
+fn with_key_in_a_variable(folder: &Path, previous: &str) -> PathBuf {
+    let (config, _) = Served::configure(folder, "", "");
+    let text = std::fs::read_to_string(&config).unwrap();
+    let file = format!("file = \"{}/root.key\"", folder.display());
+    assert!(text.contains(&file));
+    std::fs::write(&config, text.replace(&file, &format!("environment = \"ROOT_KEY\"\n{previous}"))).unwrap();
+    config
+}
+
+#[test]
+fn a_key_that_is_not_the_broker_s_to_make_is_rotated_to_one_that_is_given_or_not_at_all() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("broker.sock");
+    let (first, second) = ("0123456789abcdef".repeat(4), "fedcba9876543210".repeat(4));
+    let config = with_key_in_a_variable(folder.path(), "");
+    let mut program = Program::serve(&config, &socket, &[("ROOT_KEY", &*first)]);
+    assert!(program.put("development", "database", b"value").status.success());
+    let before = status(&program);
+    let refused = program.fails(6, ["key", "rotate"]);
+    for part in
+        ["[CONFLICT]", "nothing was changed", "variable ROOT_KEY", "under root_key.previous", "restart"]
+    {
+        assert!(refused.contains(part), "{part} in {refused}");
+    }
+    assert!(!refused.contains("can go"), "none is configured: {refused}");
+    let said = program.ok(["key", "rotate", "--rewrap-only"]);
+    assert!(said.contains("0 of 3 keys wrapped anew; everything was under it already"), "{said}");
+    assert_eq!(status(&program), before);
+    assert!(program.signal(Signal::TERM).success());
+
+    let previous = "[[root_key.previous]]\nenvironment = \"FORMER_KEY\"";
+    let config = with_key_in_a_variable(folder.path(), previous);
+    let variables = [("ROOT_KEY", &*second), ("FORMER_KEY", &*first)];
+    let mut program = Program::serve(&config, &socket, &variables);
+    let said = program.ok(["key", "rotate"]);
+    assert!(said.contains("3 of 3 keys wrapped anew") && said.contains("root_key.previous can go"), "{said}");
+    let refused = program.fails(6, ["key", "rotate"]);
+    assert!(refused.contains("root_key.previous names now can go"), "{refused}");
+    assert!(program.signal(Signal::TERM).success());
+
+    let config = with_key_in_a_variable(folder.path(), "");
+    let mut program = Program::serve(&config, &socket, &[("ROOT_KEY", &*second)]);
+    assert_eq!(program.ok(["get", "-e", "development", "database"]), "value");
+    assert!(program.signal(Signal::TERM).success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_brokers_may_share_a_key_file_and_the_second_is_told_where_its_key_went() {
+    let folder = tempfile::tempdir().unwrap();
+    let one = resolved(folder.path());
+    let mut other = one.clone();
+    other.directory = folder.path().join("other");
+    let first = start(&one, clock()).await.unwrap();
+    let second = start(&other, clock()).await.unwrap();
+    put(&second, id("development", "database"), "value").await.unwrap();
+    let retired = rotate(&first, false).await.unwrap().retired.unwrap();
+    second.stop().await.unwrap();
+    drop(second);
+
+    let error = start(&other, clock()).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::WrongKey, "{error}");
+    let text = error.to_string();
+    assert!(text.contains(&format!("{retired} is that key")), "{text}");
+    assert!(text.contains("root_key.previous"), "{text}");
+    other.previous_root_keys = vec![RootKeyChoice::File(PathBuf::from(retired))];
+    let second = start(&other, clock()).await.unwrap();
+    assert_eq!(stored(&second, "database", Selector::CURRENT).await.unwrap(), "value");
+    assert_eq!(rotate(&second, false).await.unwrap().retired, None);
+    second.stop().await.unwrap();
+    drop(second);
+
+    other.previous_root_keys = Vec::new();
+    let second = start(&other, clock()).await.unwrap();
+    assert_eq!(stored(&second, "database", Selector::CURRENT).await.unwrap(), "value");
+    second.stop().await.unwrap();
+    first.stop().await.unwrap();
+}
+
 /// What the killed broker below holds: the names and their current values.
 type Expected = BTreeMap<String, String>;
 
@@ -428,7 +508,8 @@ async fn keys_are_rotated_and_shown_from_the_command_line() {
     let said = program.ok(["key", "rotate", "--reason", "a drill"]);
     assert!(said.starts_with("root key ") && said.contains("14 of 14 keys wrapped anew"), "{said}");
     let said = program.ok(["key", "rotate", "--rewrap-only"]);
-    assert!(said.contains("0 of 14 keys wrapped anew; no new key was made"), "{said}");
+    assert!(said.contains("0 of 14 keys wrapped anew; everything was under it already"), "{said}");
+    assert!(!said.contains("root_key.previous"), "none is configured: {said}");
     let text = program.ok(["key", "status"]);
     for part in ["ROOT KEY", "in force", "root.key.retired-", "AUDIT KEY"] {
         assert!(text.contains(part), "{part} in {text}");

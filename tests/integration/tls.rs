@@ -8,16 +8,22 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use claviger::broker::Broker;
 use claviger::clock::{ManualClock, SharedClock};
+use claviger::identity::token::TokenRequest;
 use claviger::identity::{PrincipalKind, mtls};
 use claviger::proto::v1;
 use claviger::proto::v1::secret_service_client::SecretServiceClient;
 use claviger::server::tls::{Clients, Settings, Tls};
 use claviger::server::{Limits, Listen};
+use rcgen::{
+    BasicConstraints, CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, KeyPair, SanType,
+    date_time_ymd,
+};
 use rustls::ClientConfig;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::sync::watch;
-use tonic::{Code, Status};
+use tonic::{Code, Request, Status};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
 
@@ -32,6 +38,7 @@ const ORDERS: &str = "spiffe://example.org/orders";
 struct Served {
     folder: tempfile::TempDir,
     authority: Authority,
+    broker: Arc<Broker>,
     tls: Arc<Tls>,
     address: SocketAddr,
     clock: Arc<ManualClock>,
@@ -73,11 +80,14 @@ impl Setup {
             clients: self.clients,
         });
         let door = door.bind_by(shared).await.unwrap();
+        let socket = Listen::Unix { path: folder.path().join("broker.sock"), mode: 0o600 };
+        let socket = socket.bind().await.unwrap();
         let address = door.address().strip_prefix("https://").unwrap().parse().unwrap();
         let tls = Arc::clone(door.tls().unwrap());
+        let broker = Arc::clone(&running.broker);
         let (stop, stopped) = watch::channel(false);
-        tokio::spawn(running.serve(vec![door], self.limits, stopped));
-        Served { folder, authority, tls, address, clock, _stop: stop }
+        tokio::spawn(running.serve(vec![door, socket], self.limits, stopped));
+        Served { folder, authority, broker, tls, address, clock, _stop: stop }
     }
 }
 
@@ -92,12 +102,22 @@ impl Served {
 
     async fn get(&self, config: &Arc<ClientConfig>) -> Result<(), Status> {
         let mut client = SecretServiceClient::new(channel(config, self.address).await);
-        let request = v1::GetSecretRequest {
-            environment: "development".to_owned(),
-            name: "database".to_owned(),
-            ..Default::default()
+        client.get_secret(database()).await.map(drop)
+    }
+
+    async fn token(&self) -> String {
+        let request = TokenRequest {
+            kind: PrincipalKind::User,
+            principal: "ada".to_owned(),
+            groups: BTreeSet::from(["team".to_owned()]),
+            claims: Default::default(),
+            expires_in: Duration::from_secs(3_600),
+            environments: Default::default(),
+            source_addresses: Vec::new(),
+            created_by: "test".to_owned(),
         };
-        client.get_secret(request).await.map(drop)
+        let (_, secret) = self.broker.create_token(&assembled::administrator(), request).await.unwrap();
+        secret.expose_text().unwrap().to_owned()
     }
 
     /// Who is on record as having read, and by which proof.
@@ -109,6 +129,28 @@ impl Served {
             .map(|record| (text(&record["principal"]), text(&record["proof"])))
             .collect()
     }
+}
+
+fn database() -> v1::GetSecretRequest {
+    v1::GetSecretRequest {
+        environment: "development".to_owned(),
+        name: "database".to_owned(),
+        ..Default::default()
+    }
+}
+
+/// An authority until the first second of a year, in PEM, and what it issued for ages.
+fn ending(year: i32) -> (String, Issued) {
+    let mut params = CertificateParams::default();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.not_after = date_time_ymd(year, 1, 1);
+    let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+    let mut leaf = CertificateParams::default();
+    leaf.subject_alt_names = vec![SanType::URI(ORDERS.try_into().unwrap())];
+    leaf.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+    let key = KeyPair::generate().unwrap();
+    let certificate = leaf.signed_by(&key, &*authority).unwrap().pem();
+    (authority.pem(), Issued { certificate, key: key.serialize_pem() })
 }
 
 /// Writes the three files one after the other, as a person would. The authorities come first: where they are broken, no
@@ -296,7 +338,6 @@ async fn b24_what_is_not_valid_is_kept_out_and_the_old_pair_served() {
             "PEM",
         ),
         (Issued { key: String::new(), ..one.clone() }, authorities.as_str(), "no private key"),
-        (one.clone(), "", "no certificate"),
     ] {
         let kept_out = served.tls.reloads().1;
         write(served.folder.path(), &issued, authorities);
@@ -306,10 +347,68 @@ async fn b24_what_is_not_valid_is_kept_out_and_the_old_pair_served() {
         let after = Taken::connect(&identity, served.address).await.expect("the old pair is served");
         assert_eq!(after.server_certificate(), before);
     }
+    write(served.folder.path(), &one, "");
+    let error = served.tls.reload("test").unwrap_err().to_string();
+    assert!(error.contains("no certificate"), "{error}");
+    let after = Taken::connect(&identity, served.address).await.expect("the old authorities are trusted");
+    assert_ne!(after.server_certificate(), before, "the new pair is served: what is wrong is not in it");
     write(served.folder.path(), &one, &authorities);
     served.tls.reload("test").unwrap();
-    let after = Taken::connect(&identity, served.address).await.expect("the new pair is served");
-    assert_ne!(after.server_certificate(), before);
+    assert!(served.takes(&identity).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn b24_an_authority_is_distrusted_though_the_pair_beside_it_is_refused() {
+    let served = Setup::default().serve().await;
+    let revoked = Authority::new("to be revoked");
+    let both = format!("{}{}", served.authority.pem(), revoked.pem());
+    let issued = served.authority.server();
+    write(served.folder.path(), &issued, &both);
+    served.tls.reload("test").unwrap();
+    let (stays, goes) = (served.authority.spiffe(ORDERS), revoked.spiffe(ORDERS));
+    let (stays, goes) = (served.client(&stays), served.client(&goes));
+    let mut stay = Taken::connect(&stays, served.address).await.unwrap();
+    let mut go = Taken::connect(&goes, served.address).await.unwrap();
+
+    let expired = served.authority.server_valid(Some(((2020, 1, 1), (2025, 12, 1))));
+    write(served.folder.path(), &expired, &both);
+    served.tls.reload("test").unwrap_err();
+    assert!(go.answers().await, "nothing has changed for clients");
+    write(served.folder.path(), &expired, &served.authority.pem());
+    let error = served.tls.reload("test").unwrap_err().to_string();
+    assert!(error.contains("tls.crt") && error.contains("expired"), "{error}");
+    go.closed().await;
+    assert!(!served.takes(&goes).await);
+    assert!(stay.answers().await && served.takes(&stays).await, "the last valid pair is served");
+    let [(_, _, kept_out), (_, taken, _)] = served.tls.reloads_by_part();
+    assert!(kept_out >= 2 && taken >= 2, "{kept_out} {taken}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_authority_that_expires_takes_its_clients_with_it_and_the_last_one_all() {
+    let served = Setup { clients: Clients::Optional, ..Setup::default() }.serve().await;
+    let ((first, of_first), (second, of_second)) = (ending(2027), ending(2029));
+    let issued = served.authority.server();
+    write(served.folder.path(), &issued, &format!("{first}{second}"));
+    served.tls.reload("test").unwrap();
+    let (of_first, of_second) = (served.client(&of_first), served.client(&of_second));
+    let mut goes = Taken::connect(&of_first, served.address).await.unwrap();
+    let mut stays = Taken::connect(&of_second, served.address).await.unwrap();
+
+    served.clock.set_wall("2028-01-01T00:00:00Z".parse().unwrap());
+    served.tls.sweep();
+    goes.closed().await;
+    assert!(!served.takes(&of_first).await, "not even by resuming a session");
+    assert!(stays.answers().await && served.takes(&of_second).await);
+
+    served.clock.set_wall("2030-01-01T00:00:00Z".parse().unwrap());
+    served.tls.sweep();
+    stays.closed().await;
+    assert!(!served.takes(&of_second).await);
+    assert!(served.takes(&client(&served.authority, None)).await, "the listener lives on");
+    write(served.folder.path(), &issued, &served.authority.pem());
+    served.tls.reload("test").unwrap();
+    assert!(served.takes(&served.client(&served.authority.spiffe(ORDERS))).await);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -385,7 +484,8 @@ async fn b25_silent_handshakes_hold_up_nobody_and_end() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn b25_a_connection_has_its_place_before_its_handshake() {
-    let limits = Limits { connections: 4, ..Limits::default() };
+    // Four of these are for the network, and half of them for whom nobody knows.
+    let limits = Limits { connections: 20, ..Limits::default() };
     let served = Setup { limits, ..Setup::default() }.serve().await;
     let identity = served.client(&served.authority.spiffe(ORDERS));
     let mut silent = Vec::new();
@@ -394,12 +494,59 @@ async fn b25_a_connection_has_its_place_before_its_handshake() {
     }
     // The kernel hands connections over in order: once this one is turned away, the two before it are in.
     let refused = connect(&identity, served.address).await;
-    assert!(refused.is_err(), "half of all places are taken by handshakes");
+    assert!(refused.is_err(), "half of the network's places are taken by handshakes");
     for mut stream in silent {
         let mut rest = Vec::new();
         let _ = tokio::time::timeout(HUNG, stream.read_to_end(&mut rest)).await.expect("it is closed");
     }
     until("the places are free again", async || served.takes(&identity).await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn b25_strangers_take_half_of_the_networks_places_and_none_of_the_sockets() {
+    let limits = Limits { connections: 20, ..Limits::default() };
+    let served = Setup { limits, clients: Clients::Optional, ..Setup::default() }.serve().await;
+    let anonymous = client(&served.authority, None);
+    let identity = served.client(&served.authority.spiffe(ORDERS));
+    let mut known = Taken::connect(&identity, served.address).await.unwrap();
+    let mut strangers = Vec::new();
+    for _ in 0..2 {
+        strangers.push(Taken::connect(&anonymous, served.address).await.expect("a place for the unknown"));
+    }
+    assert!(!served.takes(&anonymous).await, "a third has none, though the network has one");
+    strangers.pop();
+    // Each that comes is unknown until its handshake has shown a certificate.
+    let mut others = Vec::new();
+    until("the place of the stranger is free again", async || {
+        others.extend(Taken::connect(&identity, served.address).await);
+        others.len() == 2
+    })
+    .await;
+    assert!(!served.takes(&identity).await, "the network has no place left");
+    let socket = served.folder.path().join("broker.sock");
+    let mut local = HealthClient::new(crate::support::channel(&socket).await);
+    local.check(HealthCheckRequest::default()).await.expect("a Unix socket has");
+    assert!(known.answers().await && strangers[0].answers().await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn b25_a_connection_is_unknown_until_a_call_on_it_is_authenticated() {
+    // Two of these are for the network, and one of them for whom nobody knows.
+    let limits = Limits { connections: 18, ..Limits::default() };
+    let served = Setup { limits, clients: Clients::Optional, ..Setup::default() }.serve().await;
+    let anonymous = channel(&client(&served.authority, None), served.address).await;
+    let other = served.client(&served.authority.spiffe(ORDERS));
+    let mut secrets = SecretServiceClient::new(anonymous.clone());
+    HealthClient::new(anonymous).check(HealthCheckRequest::default()).await.unwrap();
+    assert!(!served.takes(&other).await, "a call to what is open to everyone makes nobody known");
+    let status = secrets.get_secret(database()).await.unwrap_err();
+    assert_eq!(status.code(), Code::Unauthenticated, "{status}");
+    assert!(!served.takes(&other).await, "nor does one that was not let in");
+    let mut request = Request::new(database());
+    let bearer = format!("Bearer {}", served.token().await);
+    request.metadata_mut().insert("authorization", bearer.parse().unwrap());
+    secrets.get_secret(request).await.unwrap();
+    assert!(served.takes(&other).await, "one that was does, though the connection is the same");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -430,7 +577,7 @@ async fn one_caller_has_its_share_of_the_connections() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn connections_that_come_and_go_leave_nothing_behind() {
-    let limits = Limits { connections: 4, connections_per_caller: 2, ..Limits::default() };
+    let limits = Limits { connections: 20, connections_per_caller: 2, ..Limits::default() };
     let served = Setup { limits, ..Setup::default() }.serve().await;
     let identity = served.client(&served.authority.spiffe(ORDERS));
     for _ in 0..100 {

@@ -9,8 +9,8 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
-use claviger::broker::consumers::{ConsumerName, VersionInUse};
-use claviger::broker::watch::{Event, PATIENCE, Subject, Told, WatchRequest, Watching};
+use claviger::broker::consumers::{ConsumerName, NAMES_PER_PRINCIPAL, VersionInUse};
+use claviger::broker::watch::{Bounds, Event, PATIENCE, Subject, Told, WatchRequest, Watching};
 use claviger::broker::{Broker, Call};
 use claviger::clock::ManualClock;
 use claviger::config::Resolved;
@@ -32,7 +32,7 @@ use tonic_types::StatusExt as _;
 
 use crate::support::assembled::{administrator, clock, id, put, records, resolved, start};
 use crate::support::moto::Moto;
-use crate::support::program::Program;
+use crate::support::program::{Program, Served};
 use crate::support::{channel, secrets};
 
 /// When a test is called hung. Never what a test waits for.
@@ -624,11 +624,143 @@ async fn b29_a_slow_reader_over_the_wire_costs_its_seat_and_no_more() {
     serving.end().await;
 }
 
+/// From now on no more watches than these.
+fn bound(running: &Running, bounds: Bounds) {
+    drop(running.broker.feed().clone().with_bounds(bounds));
+}
+
+/// What one more watch is refused with.
+async fn refused(running: &Running, subject: Subject) -> String {
+    let error = running.broker.watch(&ana(), asked(subject)).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::LimitExceeded, "{error}");
+    error.to_string()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_principal_has_so_many_watches_and_gets_each_back_as_it_ends() {
+    let folder = tempfile::tempdir().unwrap();
+    let running = start(&resolved(folder.path()), clock()).await.unwrap();
+    bound(&running, Bounds { per_principal: 2, ..Bounds::default() });
+    let one = watch(&running.broker, names(&["a"])).await;
+    let two = watch(&running.broker, Subject::Prefix("x".to_owned())).await;
+    let message = refused(&running, names(&["a"])).await;
+    for part in ["User::\"ana\"", "has 2 watches", "end one", "raise listen.watches_per_caller"] {
+        assert!(message.contains(part), "{message}");
+    }
+    let other = caller(PrincipalKind::Workload, "s", &["service-development"]);
+    let others = running.broker.watch(&other, asked(names(&["a"]))).await.unwrap();
+    assert_eq!(running.broker.feed().figures().live, 3);
+    drop(one);
+    let three = watch(&running.broker, names(&["a"])).await;
+    refused(&running, names(&["a"])).await;
+    drop((two, three, others));
+    assert_eq!(running.broker.feed().figures().live, 0);
+    running.stop().await.unwrap();
+    let failed = records(folder.path())
+        .into_iter()
+        .filter(|record| record["operation"] == "watch" && record["outcome"] == "failed")
+        .count();
+    assert_eq!(failed, 2, "a refused watch is on record");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_principal_watches_so_many_names_whether_it_names_them_or_a_prefix_covers_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let running = start(&resolved(folder.path()), clock()).await.unwrap();
+    bound(&running, Bounds { names_per_principal: 3, ..Bounds::default() });
+    let mut two = watch(&running.broker, names(&["a", "b"])).await;
+    let message = refused(&running, names(&["c", "d"])).await;
+    for part in ["would watch 4 names", "may watch 3", "watch fewer names"] {
+        assert!(message.contains(part), "{message}");
+    }
+    for name in ["team/1", "team/2"] {
+        write(&running, name, "v").await;
+    }
+    let team = || Subject::Prefix("team/".to_owned());
+    // The watch of `a` and `b` knows of all that was written once it was told of this.
+    write(&running, "a", "v").await;
+    while hear(&mut two).await != "changed a=v" {}
+    refused(&running, team()).await;
+    drop(two);
+
+    // A prefix that grows over the bound ends, with the reason, and what it was not told is still to come.
+    let mut watching = watch(&running.broker, team()).await;
+    for expected in ["started 2", "changed team/1=v", "changed team/2=v"] {
+        assert_eq!(hear(&mut watching).await, expected);
+    }
+    write(&running, "team/3", "v").await;
+    let told = next(&mut watching).await;
+    assert_eq!(short(&told), "changed team/3=v");
+    let after = told.revision;
+    write(&running, "team/4", "v").await;
+    let error = soon(watching.next(pending())).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::LimitExceeded, "{error}");
+    running.broker.feed().sweep();
+    let figures = running.broker.feed().figures();
+    assert_eq!(
+        (figures.live, figures.ended_slow),
+        (0, 0),
+        "its seat is free although it still has the watch"
+    );
+    drop(watching);
+    bound(&running, Bounds::default());
+    let again = WatchRequest { after, ..asked(team()) };
+    let mut watching = running.broker.watch(&ana(), again).await.unwrap();
+    assert_eq!(hear(&mut watching).await, "started 4");
+    while hear(&mut watching).await != "changed team/4=v" {}
+    running.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn all_watches_together_hold_so_much() {
+    let folder = tempfile::tempdir().unwrap();
+    let running = start(&resolved(folder.path()), clock()).await.unwrap();
+    bound(&running, Bounds { bytes: 100_000, ..Bounds::default() });
+    let long = "x".repeat(512);
+    let subject = || names(&[long.as_str()]);
+    let other = caller(PrincipalKind::Workload, "s", &["service-development"]);
+    let mut open = Vec::new();
+    let error = loop {
+        assert!(open.len() < 100, "there is a bound");
+        let callers = [ana(), other.clone()];
+        match running.broker.watch(&callers[open.len() % 2], asked(subject())).await {
+            Ok(watching) => open.push(watching),
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(error.reason(), Reason::LimitExceeded);
+    let message = error.to_string();
+    assert!(message.contains("may hold 100000") && message.contains("watch fewer names"), "{message}");
+    assert!(open.len() > 10, "{}", open.len());
+    open.pop();
+    open.push(watch(&running.broker, subject()).await);
+    refused(&running, subject()).await;
+    drop(open);
+    assert_eq!(running.broker.feed().figures().live, 0);
+    running.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_bound_on_watches_is_configured_and_told_over_the_wire() {
+    let folder = tempfile::tempdir().unwrap();
+    let Served { program, .. } = Served::with(folder.path(), "watches_per_caller = 2", "");
+    let mut client = secrets(&program.socket).await;
+    let one = client.watch_secrets(request(&["a"])).await.unwrap();
+    let _two = client.watch_secrets(request(&["a"])).await.unwrap();
+    let status = client.watch_secrets(request(&["a"])).await.unwrap_err();
+    assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
+    assert_eq!(status.get_details_error_info().unwrap().reason, "LIMIT_EXCEEDED");
+    assert!(status.message().contains("raise listen.watches_per_caller"), "{status:?}");
+    drop(one);
+    soon(async { while client.watch_secrets(request(&["a"])).await.is_err() {} }).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn b28_ten_thousand_watches_come_and_go_and_nothing_stays() {
     const WATCHES: usize = 10_000;
     let folder = tempfile::tempdir().unwrap();
     let running = start(&resolved(folder.path()), clock()).await.unwrap();
+    bound(&running, Bounds::of_watches(WATCHES));
     write(&running, "a", "1").await;
     // The first watch starts what all share.
     drop(watch(&running.broker, names(&["a"])).await);
@@ -665,7 +797,8 @@ async fn b28_ten_thousand_watches_over_forty_connections_leave_no_descriptor() {
     const CONNECTIONS: usize = 40;
     const STREAMS: usize = 250;
     let folder = tempfile::tempdir().unwrap();
-    let program = Program::dev(folder.path());
+    let Served { program, .. } = Served::with(folder.path(), "watches_per_caller = 20000", "");
+    assert!(program.put("development", "database", b"v").status.success());
     let mut control = secrets(&program.socket).await;
     let ask = || v1::ListConsumersRequest {
         environment: "development".to_owned(),
@@ -704,7 +837,7 @@ async fn b28_ten_thousand_watches_over_forty_connections_leave_no_descriptor() {
     soon(async {
         loop {
             let listed = control.list_consumers(ask()).await.unwrap().into_inner().consumers;
-            if listed.is_empty() && open_files(&program) == before {
+            if listed.is_empty() && open_files(&program) <= before {
                 return;
             }
         }
@@ -850,6 +983,32 @@ async fn consumers_are_known_by_what_they_said_and_by_what_they_watch() {
     let reports = records.iter().filter(|r| r["operation"] == "report_version" && r["kind"] == "access");
     let ends: Vec<_> = reports.map(|record| record["outcome"].as_str().unwrap()).collect();
     assert_eq!(ends, ["ok", "ok", "failed", "not_found", "denied", "ok"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_watches_is_listed_before_who_only_reported_under_however_many_names() {
+    let folder = tempfile::tempdir().unwrap();
+    let running = start(&resolved(folder.path()), clock()).await.unwrap();
+    let version = write(&running, "a", "1").await;
+    let said = |n: usize| VersionInUse {
+        id: id("development", "a"),
+        consumer: ConsumerName::parse(&format!("made-up-{n:02}")).unwrap(),
+        version_id: version.clone(),
+    };
+    for n in 0..NAMES_PER_PRINCIPAL {
+        assert!(running.broker.report_version_in_use(&ana(), said(n)).await.unwrap());
+    }
+    let error = running.broker.report_version_in_use(&ana(), said(NAMES_PER_PRINCIPAL)).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::LimitExceeded);
+    assert!(error.to_string().contains("report under fewer names"), "{error}");
+    let other = caller(PrincipalKind::Workload, "s", &["service-development"]);
+    let web = WatchRequest { consumer: ConsumerName::parse("web").unwrap(), ..asked(names(&["a"])) };
+    let _web = running.broker.watch(&other, web).await.unwrap();
+    let listed = running.broker.consumers(&ana(), id("development", "a")).await.unwrap();
+    let shown: Vec<_> = listed.iter().map(|one| (one.name.as_str(), one.watching)).collect();
+    assert_eq!(shown.len(), NAMES_PER_PRINCIPAL + 1);
+    assert_eq!(shown[..2], [("web", true), ("made-up-00", false)]);
+    running.stop().await.unwrap();
 }
 
 #[test]

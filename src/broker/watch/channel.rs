@@ -3,15 +3,18 @@
 //! The index is asked by name: a change costs the length of its name and the number of those who watch it, not the
 //! number of watchers. It is locked for that look-up; what is told to whom is worked through without it.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::BTreeSet;
 use std::hash::{BuildHasher as _, RandomState};
-use std::ops::Bound;
+use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use tokio::task::AbortHandle;
 
+use super::bounds::Over;
+use super::index::{Index, Known, claim, prefixes};
+use super::look::Looks;
 use super::seat::{Finding, Seat, Untold};
 use super::{Current, Subject, follow, is_absence, observed};
 use crate::clock::SharedClock;
@@ -48,37 +51,12 @@ pub(super) struct Channel {
     /// All changes of the environment up to here are in the seats that want to hear of them.
     seen: AtomicU64,
     index: Mutex<Index>,
+    /// Looks at a store that tells nobody of its changes.
+    pub(super) looks: Looks,
     /// One at a time reads a secret past the cache; the others find it there.
     refreshing: [tokio::sync::Mutex<Failure>; STRIPES],
     spread: RandomState,
     follower: OnceLock<AbortHandle>,
-}
-
-#[derive(Default)]
-struct Index {
-    known: BTreeMap<SecretName, Known>,
-    seats: HashMap<u64, Arc<Seat>>,
-    by_name: HashMap<SecretName, HashSet<u64>>,
-    by_prefix: HashMap<String, HashSet<u64>>,
-    looked_at: HashMap<SecretName, Duration>,
-    listed_at: HashMap<String, Duration>,
-}
-
-/// What kv says of a secret.
-#[derive(Debug, Clone)]
-pub(super) struct Known {
-    /// The revision of its last change.
-    pub(super) revision: Revision,
-    /// What is current, where kv says it.
-    pub(super) current: Current,
-    /// A change up to which the store, asked past the cache, had no current version of it.
-    absent_at: Revision,
-}
-
-impl Known {
-    pub(super) const fn new(revision: Revision, current: Current) -> Self {
-        Self { revision, current, absent_at: 0 }
-    }
 }
 
 /// With what a watcher comes.
@@ -109,6 +87,7 @@ impl Channel {
             clock,
             seen: AtomicU64::new(0),
             index: Mutex::default(),
+            looks: Looks::default(),
             refreshing: std::array::from_fn(|_| tokio::sync::Mutex::default()),
             spread: RandomState::new(),
             follower: OnceLock::new(),
@@ -161,19 +140,21 @@ impl Channel {
     /// A secret changed, or with `None` is not in kv any more: whoever wants to hear of it has it in its seat when this
     /// returns.
     pub(super) fn learn(&self, name: &SecretName, revision: Revision, current: Option<Current>) {
-        let seats = {
+        let (name, seats) = {
             let mut index = self.index();
             if index.known.get(name).is_some_and(|known| known.revision >= revision) {
                 return;
             }
+            let name = index.shared(name);
             match current {
                 Some(current) => index.known.insert(name.clone(), Known::new(revision, current)),
-                None => index.known.remove(name),
+                None => index.known.remove(&name),
             };
-            index.wanting(name)
+            let seats = index.wanting(&name);
+            (name, seats)
         };
         for seat in seats {
-            seat.note(name, revision);
+            seat.note(&name, revision);
         }
     }
 
@@ -187,45 +168,53 @@ impl Channel {
         self.index().under(prefix).map(|(name, _)| name.clone()).collect()
     }
 
-    /// Seats a watcher, with what it does not know yet. From the revision on that the channel has now, it hears of
-    /// everything.
-    pub(super) fn join(&self, seat: &Arc<Seat>, arrival: Arrival<'_>) {
-        let mut index = self.index();
-        let backlog = index.backlog(&seat.sitter.subject, &arrival);
-        if let Subject::Names(_) = seat.sitter.subject {
-            seat.deny(arrival.denied.iter().cloned());
-        }
-        seat.expect(backlog);
-        index.seats.insert(seat.number, Arc::clone(seat));
-        match &seat.sitter.subject {
+    /// What is watched, in the names that others hold already.
+    pub(super) fn shared(&self, subject: Subject) -> Subject {
+        match subject {
             Subject::Names(names) => {
-                for name in names {
-                    index.by_name.entry(name.clone()).or_default().insert(seat.number);
-                }
+                let index = self.index();
+                Subject::Names(names.iter().map(|name| index.shared(name)).collect())
             }
-            Subject::Prefix(prefix) => {
-                index.by_prefix.entry(prefix.clone()).or_default().insert(seat.number);
-            }
+            Subject::Prefix(_) => subject,
         }
+    }
+
+    /// Seats a watcher, with what it does not know yet. From the revision on that the channel has now, it hears of
+    /// everything. There may be no room for what its prefix covers.
+    pub(super) fn join(&self, seat: &Arc<Seat>, arrival: &Arrival<'_>) -> Result<(), Over> {
+        let mut index = self.index();
+        seat.expect(index.backlog(&seat.sitter.subject, arrival))?;
+        if let Subject::Names(names) = &seat.sitter.subject {
+            seat.deny(names.iter().filter(|name| arrival.denied.contains(*name)).cloned());
+        }
+        index.take_in(seat);
+        Ok(())
     }
 
     /// Frees a seat; whether it was taken.
     pub(super) fn leave(&self, number: u64) -> bool {
-        let mut index = self.index();
-        let Some(seat) = index.seats.remove(&number) else { return false };
-        match &seat.sitter.subject {
-            Subject::Names(names) => names.iter().for_each(|name| forget(&mut index.by_name, name, number)),
-            Subject::Prefix(prefix) => forget(&mut index.by_prefix, prefix, number),
+        self.index().take_out(number)
+    }
+
+    /// Shows those who would hear of a change of this secret, until `visit` has seen enough. Some at a time: whoever
+    /// tells of a change needs the index, and does not wait for who wants to know who watches. Who comes or goes
+    /// meanwhile may be shown or not.
+    pub(super) fn show_wanting(&self, name: &SecretName, mut visit: impl FnMut(&Seat) -> ControlFlow<()>) {
+        for prefix in std::iter::once(None).chain(prefixes(name).map(Some)) {
+            let mut after = None;
+            loop {
+                let some = self.index().some_wanting(name, prefix, after);
+                let Some(last) = some.last() else { break };
+                after = Some(last.number);
+                if some.iter().try_for_each(|seat| visit(seat)).is_break() {
+                    return;
+                }
+            }
         }
-        true
     }
 
-    /// Those who would hear of a change of this secret.
-    pub(super) fn wanting(&self, name: &SecretName) -> Vec<Arc<Seat>> {
-        self.index().wanting(name)
-    }
-
-    /// Wakes whom something is due that no change announces; gives those back who did not ask for too long.
+    /// Wakes whom something is due that no change announces; gives those back who did not ask for too long, or have
+    /// ended and were not asked since.
     pub(super) fn sweep(&self) -> Vec<Arc<Seat>> {
         let now = self.clock.monotonic();
         let every = self.look_every();
@@ -236,15 +225,15 @@ impl Channel {
             index.listed_at.retain(|_, at| recent(at));
             index.seats.values().cloned().collect()
         };
-        let mut slow = Vec::new();
+        let mut over = Vec::new();
         for seat in seats {
             match seat.find(now) {
                 Finding::Fine => {}
                 Finding::Due => seat.ring(),
-                Finding::Slow => slow.push(seat),
+                Finding::Slow | Finding::Ended => over.push(seat),
             }
         }
-        slow
+        over
     }
 
     /// How often a store is looked at that tells nobody of its changes.
@@ -363,59 +352,4 @@ impl Drop for Channel {
             follower.abort();
         }
     }
-}
-
-impl Index {
-    fn wanting(&self, name: &SecretName) -> Vec<Arc<Seat>> {
-        let text = name.as_str();
-        let by_prefix = (0..=text.len())
-            .filter_map(|length| text.get(..length).and_then(|prefix| self.by_prefix.get(prefix)));
-        let numbers = self.by_name.get(name).into_iter().chain(by_prefix).flatten();
-        numbers.filter_map(|number| self.seats.get(number)).cloned().collect()
-    }
-
-    fn under(&self, prefix: &str) -> impl Iterator<Item = (&SecretName, &Known)> {
-        let from: (Bound<&str>, Bound<&str>) = (Bound::Included(prefix), Bound::Unbounded);
-        self.known.range::<str, _>(from).take_while(move |(name, _)| name.as_str().starts_with(prefix))
-    }
-
-    /// What a watcher does not know as it comes, and may.
-    fn backlog(&self, subject: &Subject, arrival: &Arrival<'_>) -> Vec<(SecretName, Option<Revision>)> {
-        let unknown = |name: &SecretName| (name.clone(), self.known.get(name).map(|known| known.revision));
-        let mut backlog: Vec<_> = match subject {
-            Subject::Names(names) => names.iter().map(unknown).collect(),
-            Subject::Prefix(prefix) => {
-                let known = self.under(prefix).map(|(name, known)| (name.clone(), Some(known.revision)));
-                let listed = arrival.listed.iter().filter(|name| !self.known.contains_key(*name));
-                known.chain(listed.map(|name| (name.clone(), None))).collect()
-            }
-        };
-        backlog.retain(|(name, changed)| {
-            changed.is_none_or(|changed| changed > arrival.after) && !arrival.denied.contains(name)
-        });
-        backlog
-    }
-}
-
-fn forget<K: std::hash::Hash + Eq>(places: &mut HashMap<K, HashSet<u64>>, key: &K, number: u64) {
-    if let Some(numbers) = places.get_mut(key) {
-        numbers.remove(&number);
-        if numbers.is_empty() {
-            places.remove(key);
-        }
-    }
-}
-
-/// Whether it is `pause` ago that someone claimed `key`; then it is claimed.
-fn claim<K: std::hash::Hash + Eq + Clone>(
-    claimed: &mut HashMap<K, Duration>,
-    key: &K,
-    now: Duration,
-    pause: Duration,
-) -> bool {
-    let free = claimed.get(key).is_none_or(|at| now.saturating_sub(*at) >= pause);
-    if free {
-        claimed.insert(key.clone(), now);
-    }
-    free
 }

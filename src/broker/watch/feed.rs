@@ -1,7 +1,8 @@
-//! All watches of a broker: a channel for each environment that is watched, a bound on the seats, and the sweep.
+//! All watches of a broker: a channel for each environment that is watched, the seats, and the sweep.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -9,13 +10,13 @@ use std::time::Duration;
 use tokio::sync::OnceCell;
 use tokio::time::{MissedTickBehavior, interval};
 
+use super::bounds::{Bounds, Ledger};
 use super::channel::{Arrival, Channel};
-use super::seat::{Seat, Sitter};
-use super::{BrokerError, Current, MAX_WATCHES, observed};
+use super::seat::{End, Seat, Sitter};
+use super::{BrokerError, Current, observed};
 use crate::broker::consumers::ConsumerName;
 use crate::clock::SharedClock;
 use crate::environment::{Environment, EnvironmentError, Registry, StoreChoice};
-use crate::error::Reason;
 use crate::kv::{Kv, KvError, Revision};
 use crate::secret::{EnvironmentName, SecretId};
 use crate::store::StoreError;
@@ -50,6 +51,7 @@ struct Inner {
     channels: BTreeMap<EnvironmentName, Place>,
     numbers: AtomicU64,
     sweeping: AtomicBool,
+    ledger: Arc<Ledger>,
     counters: Counters,
 }
 
@@ -60,7 +62,6 @@ struct Place {
 
 #[derive(Default)]
 struct Counters {
-    live: AtomicU64,
     pushed: AtomicU64,
     coalesced: AtomicU64,
     ended_slow: AtomicU64,
@@ -74,7 +75,7 @@ pub(super) struct Seated {
 }
 
 impl Feed {
-    /// A feed of the environments of `registry`, whose changes show in `kv`.
+    /// A feed of the environments of `registry`, whose changes show in `kv`, with the bounds by default.
     #[must_use]
     pub fn new(kv: Arc<dyn Kv>, registry: &Registry, clock: SharedClock) -> Self {
         let place = |environment: &Arc<Environment>| {
@@ -88,17 +89,25 @@ impl Feed {
                 channels: registry.iter().map(place).collect(),
                 numbers: AtomicU64::new(0),
                 sweeping: AtomicBool::new(false),
+                ledger: Arc::new(Ledger::default()),
                 counters: Counters::default(),
             }),
         }
     }
 
+    /// The same feed with other bounds, for all its clones. Who holds more already keeps it.
+    #[must_use]
+    pub fn with_bounds(self, bounds: Bounds) -> Self {
+        self.inner.ledger.set(bounds);
+        self
+    }
+
     /// How many watches there are, and what became of them.
     #[must_use]
     pub fn figures(&self) -> Figures {
-        let Counters { live, pushed, coalesced, ended_slow } = &self.inner.counters;
+        let Counters { pushed, coalesced, ended_slow } = &self.inner.counters;
         Figures {
-            live: live.load(Ordering::Relaxed),
+            live: self.inner.ledger.watches() as u64,
             pushed: pushed.load(Ordering::Relaxed),
             coalesced: coalesced.load(Ordering::Relaxed),
             ended_slow: ended_slow.load(Ordering::Relaxed),
@@ -126,20 +135,21 @@ impl Feed {
         Ok(channel)
     }
 
-    /// Takes a seat.
+    /// Takes a seat for a principal, as records name it.
     pub(super) async fn seat(
         &self,
         channel: &Arc<Channel>,
+        principal: &str,
         sitter: Sitter,
         mut arrival: Arrival<'_>,
     ) -> Result<Seated, BrokerError> {
         arrival.after = self.known_past(channel, arrival.after).await?;
-        let live = &self.inner.counters.live;
-        let room = |taken: u64| (taken < MAX_WATCHES).then_some(taken + 1);
-        live.fetch_update(Ordering::AcqRel, Ordering::Relaxed, room).map_err(|_| full())?;
+        let ticket = self.inner.ledger.admit(principal, &sitter.subject)?;
+        let sitter = Sitter { subject: channel.shared(sitter.subject), ..sitter };
         let number = self.inner.numbers.fetch_add(1, Ordering::Relaxed);
-        let seat = Arc::new(Seat::new(number, sitter, arrival.after, Arc::clone(&self.inner.clock)));
-        channel.join(&seat, arrival);
+        let clock = Arc::clone(&self.inner.clock);
+        let seat = Arc::new(Seat::new(number, sitter, ticket, arrival.after, clock));
+        channel.join(&seat, &arrival)?;
         Ok(Seated { channel: Arc::clone(channel), seat, feed: Arc::clone(&self.inner) })
     }
 
@@ -166,12 +176,21 @@ impl Feed {
         }
     }
 
-    /// Who watches a secret now, and is told of it: the consumer and the principal.
-    pub(crate) fn watchers(&self, id: &SecretId) -> Vec<(ConsumerName, String)> {
+    /// Who watches a secret now, and is told of it: the consumer and the principal, at most so many.
+    pub(crate) fn watchers(&self, id: &SecretId, most: usize) -> BTreeSet<(ConsumerName, Arc<str>)> {
+        let mut found = BTreeSet::new();
         let channel = self.inner.channels.get(&id.environment).and_then(|place| place.channel.get());
-        let seats = channel.map(|channel| channel.wanting(&id.name)).unwrap_or_default();
-        let hears = seats.iter().filter(|seat| seat.hears_of(&id.name));
-        hears.map(|seat| (seat.sitter.consumer.clone(), seat.sitter.principal.clone())).collect()
+        let Some(channel) = channel else { return found };
+        channel.show_wanting(&id.name, |seat| {
+            if found.len() >= most {
+                return ControlFlow::Break(());
+            }
+            if seat.hears_of(&id.name) {
+                found.insert((seat.sitter.consumer.clone(), Arc::clone(seat.ticket.principal())));
+            }
+            ControlFlow::Continue(())
+        });
+        found
     }
 }
 
@@ -192,23 +211,22 @@ impl Inner {
 
     fn sweep(&self) {
         for channel in self.channels.values().filter_map(|place| place.channel.get()) {
-            for slow in channel.sweep() {
-                if self.free(channel, &slow) {
+            for over in channel.sweep() {
+                let is_slow = over.ended().is_none();
+                if self.free(channel, &over) && is_slow {
                     self.counters.ended_slow.fetch_add(1, Ordering::Relaxed);
-                    tracing::warn!(consumer = %slow.sitter.consumer, principal = %slow.sitter.principal,
+                    tracing::warn!(consumer = %over.sitter.consumer, principal = %over.ticket.principal(),
                         "a watch ended: it was not asked for what it had to tell");
                 }
-                slow.end();
+                over.end(End::Slow);
             }
         }
     }
 
-    /// Whoever finds the seat taken counts it free.
+    /// Whether the seat was taken. Its ticket is given back now, and not when the last forgets the seat.
     fn free(&self, channel: &Channel, seat: &Seat) -> bool {
         let taken = channel.leave(seat.number);
-        if taken {
-            self.counters.live.fetch_sub(1, Ordering::AcqRel);
-        }
+        seat.ticket.give_back();
         taken
     }
 }
@@ -235,13 +253,6 @@ impl Drop for Seated {
     fn drop(&mut self) {
         self.feed.free(&self.channel, &self.seat);
     }
-}
-
-fn full() -> BrokerError {
-    let message = format!(
-        "this broker has {MAX_WATCHES} watches, which is all it takes; end one, or ask another broker"
-    );
-    BrokerError::rejected(Reason::LimitExceeded, message)
 }
 
 fn not_followed(environment: &Environment, error: &KvError) -> BrokerError {

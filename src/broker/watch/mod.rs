@@ -12,8 +12,10 @@
 //!
 //! | file | holds |
 //! |---|---|
-//! | `feed` | the channels, the seats' number, the sweep |
+//! | `feed` | the channels, the seats, the sweep |
+//! | `bounds` | how many watches there may be, and what they may hold |
 //! | `channel` | one environment: what changed last, who hears of it |
+//! | `index` | what is known of its secrets, and which seats want what |
 //! | `follow` | how a channel keeps up with kv |
 //! | `seat` | one watcher's debts |
 //! | `session` | telling, one thing at a time |
@@ -29,16 +31,21 @@
 //! from what is stored now and not from history: nothing can be compacted away. It may hear of something twice.
 //!
 //! A watcher is asked for, never pushed at: nothing is read, recorded or queued until it wants the next thing.
-//! Meanwhile changes of one secret become one, so its debts are bounded by the number of secrets. One that is owed
-//! something and does not ask for [`PATIENCE`] loses its seat and everything kept for it in the [sweep](Feed::sweep),
-//! whether or not it ever asks again; where it does, it is told [`Reason::SlowConsumer`].
+//! Meanwhile changes of one secret become one, so its debts are bounded by the number of names that it watches, and
+//! those by [`Bounds`]. One that is owed something and does not ask for [`PATIENCE`] loses its seat and everything kept
+//! for it in the [sweep](Feed::sweep), whether or not it ever asks again; where it does, it is told
+//! [`Reason::SlowConsumer`]. A prefix that comes to cover more names than there is room for loses its seat too, with
+//! [`Reason::LimitExceeded`].
 //!
 //! [`Broker`]: super::Broker
 //! [`Reason::SlowConsumer`]: crate::error::Reason::SlowConsumer
+//! [`Reason::LimitExceeded`]: crate::error::Reason::LimitExceeded
 
+mod bounds;
 mod channel;
 mod feed;
 mod follow;
+mod index;
 mod look;
 mod observed;
 mod seat;
@@ -54,13 +61,14 @@ use crate::kv::Revision;
 use crate::secret::{EnvironmentName, SecretId, SecretName, VersionId};
 use crate::store::StoreError;
 
+pub use bounds::Bounds;
 pub use feed::{Feed, Figures};
 pub use session::Watching;
 
 /// How many names one watch may have.
 pub const MAX_NAMES: usize = 500;
-/// How many watches there may be at a time.
-pub const MAX_WATCHES: u64 = 65_536;
+/// How many watches there may be at a time, whoever has them.
+pub const MAX_WATCHES: usize = 65_536;
 /// How long a watcher may leave unasked for what it has to hear.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 /// After how much silence a watcher is told that nothing happened, and its token is looked at again.

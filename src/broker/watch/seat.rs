@@ -10,7 +10,7 @@
 //! What is being told stays among the untold until it is settled, so that a watcher that goes away in between loses
 //! nothing. Pure but for a bell: no store, no policy.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 
+use super::bounds::{Over, Ticket};
 use super::{ConsumerName, HEARTBEAT, PATIENCE, Subject};
 use crate::clock::SharedClock;
 use crate::kv::Revision;
@@ -63,19 +64,30 @@ pub(super) enum Finding {
     Due,
     /// It has been owed something for too long without asking for it.
     Slow,
+    /// It has ended already, and was not asked since.
+    Ended,
+}
+
+/// Why a watch ended without its watcher.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum End {
+    /// It was owed something for too long without asking for it.
+    Slow,
+    /// There is no room for a name that its prefix came to cover.
+    Over(Over),
 }
 
 /// Who sits there.
 pub(super) struct Sitter {
     pub(super) subject: Subject,
     pub(super) consumer: ConsumerName,
-    /// As records have it.
-    pub(super) principal: String,
 }
 
 pub(super) struct Seat {
     pub(super) number: u64,
     pub(super) sitter: Sitter,
+    /// What it holds, of which principal.
+    pub(super) ticket: Ticket,
     /// Changes up to here it knew when it came.
     after: Revision,
     clock: SharedClock,
@@ -88,7 +100,8 @@ pub(super) struct Seat {
 
 #[derive(Default)]
 struct State {
-    untold: HashMap<SecretName, Waiting>,
+    /// A tree, which is as small as what is in it: most of the time next to nothing.
+    untold: BTreeMap<SecretName, Waiting>,
     /// All of the untold, oldest first.
     oldest: BTreeSet<(Revision, SecretName)>,
     /// Those of them that can be told now.
@@ -101,7 +114,7 @@ struct State {
     owed_since: Duration,
     told_at: Duration,
     look_at: Option<Duration>,
-    ended: bool,
+    ended: Option<End>,
 }
 
 struct Waiting {
@@ -119,12 +132,19 @@ struct Last {
 }
 
 impl Seat {
-    pub(super) fn new(number: u64, sitter: Sitter, after: Revision, clock: SharedClock) -> Self {
+    pub(super) fn new(
+        number: u64,
+        sitter: Sitter,
+        ticket: Ticket,
+        after: Revision,
+        clock: SharedClock,
+    ) -> Self {
         let now = clock.monotonic();
         let state = State { position: after, told_at: now, owed_since: now, ..State::default() };
         let seat = Self {
             number,
             sitter,
+            ticket,
             after,
             clock,
             state: Mutex::new(state),
@@ -136,12 +156,23 @@ impl Seat {
     }
 
     /// What the watcher does not know as it comes: secrets with the revision of their last change, where one is known.
-    pub(super) fn expect(&self, backlog: impl IntoIterator<Item = (SecretName, Option<Revision>)>) {
+    /// There may be no room for what its prefix covers.
+    pub(super) fn expect(&self, backlog: Vec<(SecretName, Option<Revision>)>) -> Result<(), Over> {
+        self.make_room(backlog.iter().map(|(name, _)| name))?;
         let mut state = self.lock();
         for (name, changed) in backlog {
             let first = changed.unwrap_or(0).max(self.after + 1);
             let latest = changed.unwrap_or(0);
             state.insert(name, Waiting { first, latest, changes: 0, attempts: 0, due: None });
+        }
+        Ok(())
+    }
+
+    /// The names of a watch have their room from the start; those under a prefix as they come.
+    fn make_room<'a>(&self, names: impl IntoIterator<Item = &'a SecretName>) -> Result<(), Over> {
+        match self.sitter.subject {
+            Subject::Names(_) => Ok(()),
+            Subject::Prefix(_) => self.ticket.hold(names),
         }
     }
 
@@ -154,7 +185,7 @@ impl Seat {
     pub(super) fn note(&self, name: &SecretName, revision: Revision) {
         let mut state = self.lock();
         let covered = state.said.get(name).map_or(self.after, |last| last.covered.max(self.after));
-        if state.ended || revision <= covered {
+        if state.ended.is_some() || revision <= covered {
             return;
         }
         match state.untold.get_mut(name) {
@@ -163,17 +194,23 @@ impl Seat {
                 waiting.latest = revision;
                 waiting.changes += 1;
             }
-            None => {
-                if state.untold.is_empty() {
-                    state.owed_since = self.clock.monotonic();
-                }
-                let waiting =
-                    Waiting { first: revision, latest: revision, changes: 1, attempts: 0, due: None };
-                state.insert(name.clone(), waiting);
-            }
+            None => self.owe(&mut state, name, revision),
         }
         drop(state);
         self.ring();
+    }
+
+    fn owe(&self, state: &mut State, name: &SecretName, revision: Revision) {
+        let is_new = !state.said.contains_key(name);
+        if is_new && let Err(over) = self.make_room([name]) {
+            state.end(End::Over(over));
+            return;
+        }
+        if state.untold.is_empty() {
+            state.owed_since = self.clock.monotonic();
+        }
+        let waiting = Waiting { first: revision, latest: revision, changes: 1, attempts: 0, due: None };
+        state.insert(name.clone(), waiting);
     }
 
     /// The oldest that can be told now.
@@ -232,7 +269,12 @@ impl Seat {
     /// Something goes out now: up to where everything was told, given where the channel stood a moment ago.
     pub(super) fn hand_out(&self, seen: Revision) -> Revision {
         let mut state = self.lock();
-        let told = state.oldest.first().map_or(seen, |(first, _)| first.saturating_sub(1));
+        let told = match state.oldest.first() {
+            // What was not told is forgotten; who comes back has to hear of it.
+            _ if state.ended.is_some() => state.position,
+            Some((first, _)) => first.saturating_sub(1),
+            None => seen,
+        };
         // The guard is for a watcher that comes from another broker, whose channel was further.
         state.position = state.position.max(told);
         state.told_at = self.clock.monotonic();
@@ -262,18 +304,22 @@ impl Seat {
     }
 
     /// Forgets everything, and says so to a watcher that asks again.
-    pub(super) fn end(&self) {
-        *self.lock() = State { ended: true, ..State::default() };
+    pub(super) fn end(&self, end: End) {
+        self.lock().end(end);
         self.ring();
     }
 
-    pub(super) fn has_ended(&self) -> bool {
-        self.lock().ended
+    /// Why it ended, where it did.
+    pub(super) fn ended(&self) -> Option<End> {
+        self.lock().ended.clone()
     }
 
     /// What the sweep has to do.
     pub(super) fn find(&self, now: Duration) -> Finding {
         let state = self.lock();
+        if state.ended.is_some() {
+            return Finding::Ended;
+        }
         let unattended = self.unattended_since().map(|since| now.saturating_sub(since.max(state.owed_since)));
         if !state.untold.is_empty() && unattended.is_some_and(|for_long| for_long >= PATIENCE) {
             return Finding::Slow;
@@ -333,6 +379,13 @@ impl Seat {
 }
 
 impl State {
+    /// The first end is the one that counts. Nothing is handed out from then on that is further than what was.
+    fn end(&mut self, end: End) {
+        if self.ended.is_none() {
+            *self = Self { ended: Some(end), position: self.position, ..Self::default() };
+        }
+    }
+
     fn insert(&mut self, name: SecretName, waiting: Waiting) {
         let place = (waiting.first, name.clone());
         match waiting.due {
@@ -365,6 +418,16 @@ impl State {
     }
 }
 
+#[cfg(test)]
+impl Seat {
+    /// One of a principal who has no other.
+    pub(super) fn alone(number: u64, subject: Subject) -> Arc<Self> {
+        let ticket = Arc::new(super::bounds::Ledger::default()).admit("User::\"ana\"", &subject).unwrap();
+        let sitter = Sitter { subject, consumer: ConsumerName::parse("orders").unwrap() };
+        Arc::new(Self::new(number, sitter, ticket, 0, crate::clock::SystemClock::shared()))
+    }
+}
+
 /// Wakes the watcher's task, and notes when: from then on it is the watcher that is waited for.
 struct Alarm {
     seat: Arc<Seat>,
@@ -384,6 +447,7 @@ impl Wake for Alarm {
 
 #[cfg(test)]
 mod tests {
+    use super::super::bounds::{Bounds, Ledger};
     use super::*;
     use crate::clock::ManualClock;
 
@@ -396,14 +460,15 @@ mod tests {
     }
 
     fn seat(after: Revision) -> (Arc<Seat>, Arc<ManualClock>) {
+        seat_of(&Arc::new(Ledger::default()), after)
+    }
+
+    fn seat_of(ledger: &Arc<Ledger>, after: Revision) -> (Arc<Seat>, Arc<ManualClock>) {
         let clock = ManualClock::new(jiff::Timestamp::UNIX_EPOCH);
-        let consumer = ConsumerName::parse("orders-1").unwrap();
-        let sitter = Sitter {
-            subject: Subject::Prefix(String::new()),
-            consumer,
-            principal: "User::\"ana\"".to_owned(),
-        };
-        (Arc::new(Seat::new(1, sitter, after, Arc::clone(&clock) as SharedClock)), clock)
+        let subject = Subject::Prefix(String::new());
+        let ticket = ledger.admit("User::\"ana\"", &subject).unwrap();
+        let sitter = Sitter { subject, consumer: ConsumerName::parse("orders-1").unwrap() };
+        (Arc::new(Seat::new(1, sitter, ticket, after, Arc::clone(&clock) as SharedClock)), clock)
     }
 
     fn tell(seat: &Seat, n: u8) -> (String, u64) {
@@ -446,7 +511,7 @@ mod tests {
     #[test]
     fn a_watcher_that_comes_back_hears_of_what_it_does_not_know() {
         let (seat, _) = seat(20);
-        seat.expect([(name("a"), Some(25)), (name("b"), Some(22)), (name("new"), None)]);
+        seat.expect(vec![(name("a"), Some(25)), (name("b"), Some(22)), (name("new"), None)]).unwrap();
         seat.note(&name("c"), 20);
         assert_eq!(seat.hand_out(30), 20);
         let order: Vec<_> = (0..3).map(|_| tell(&seat, 1).0).collect();
@@ -501,10 +566,42 @@ mod tests {
         assert_eq!(seat.find(clock_now(&clock)), Finding::Due);
         clock.advance(Duration::from_secs(1));
         assert_eq!(seat.find(clock_now(&clock)), Finding::Slow);
-        seat.end();
-        assert!(seat.has_ended() && seat.pick().is_none());
+        seat.end(End::Slow);
+        assert_eq!((seat.ended(), seat.pick()), (Some(End::Slow), None));
+        assert_eq!(seat.find(clock_now(&clock)), Finding::Ended);
         seat.note(&name("a"), 6);
         assert_eq!(seat.pick(), None, "nothing is kept for who is gone");
+    }
+
+    #[test]
+    fn a_prefix_that_covers_more_than_there_is_room_for_ends_with_the_reason() {
+        let ledger = Arc::new(Ledger::default());
+        ledger.set(Bounds { names_per_principal: 3, ..Bounds::default() });
+        let (seat, clock) = seat_of(&ledger, 0);
+        let backlog = |names: &[&str]| names.iter().map(|text| (name(text), None)).collect::<Vec<_>>();
+        assert!(seat.expect(backlog(&["a", "b", "c", "d"])).is_err());
+        seat.expect(backlog(&["a", "b"])).unwrap();
+        seat.note(&name("c"), 5);
+        for revision in [6, 7] {
+            while seat.pick().is_some() {
+                tell(&seat, 1);
+            }
+            for text in ["a", "b", "c"] {
+                seat.note(&name(text), revision);
+            }
+        }
+        assert_eq!(seat.ended(), None, "what it holds already needs no more room");
+        let (untold, position) = (seat.pick().unwrap(), seat.hand_out(7));
+        seat.note(&name("d"), 8);
+        seat.settle(&untold, 7, Some(version(1)));
+        assert_eq!(seat.hand_out(8), position, "who comes back hears of all that was not told");
+        let Some(End::Over(over)) = seat.ended() else { panic!("it ended") };
+        assert!(format!("{over:?}").contains("would watch 4 names"), "{over:?}");
+        assert_eq!((seat.pick(), seat.find(clock_now(&clock))), (None, Finding::Ended));
+        seat.end(End::Slow);
+        assert_eq!(seat.ended(), Some(End::Over(over)), "the first reason stays");
+        drop(seat);
+        assert_eq!(ledger.watches(), 0);
     }
 
     #[tokio::test]

@@ -17,10 +17,12 @@ use std::fmt;
 use std::pin::pin;
 use std::sync::Arc;
 
+use tokio::task::JoinSet;
+
 use super::channel::Origin;
 use super::feed::Seated;
-use super::look::look;
-use super::seat::{Said, Untold};
+use super::look::{Look, look_when_due};
+use super::seat::{End, Said, Untold};
 use super::{Current, Event, PATIENCE, Subject, Told, is_absence};
 use crate::audit::{Outcome, Record};
 use crate::broker::{Broker, BrokerError, Call, Disclosed, record};
@@ -34,7 +36,7 @@ use crate::store::{Fetched, Order, StoreError};
 /// A watch in place. Asked with [`next`](Self::next); dropping it ends it.
 pub struct Watching {
     broker: Arc<Broker>,
-    call: Call,
+    call: Arc<Call>,
     with_values: bool,
     seated: Seated,
     /// What is told before anything else.
@@ -65,15 +67,16 @@ impl Watching {
         if seated.channel.origin == Origin::Observed {
             seated.seat.look_at(seated.channel.next_look(seated.seat.number));
         }
-        Self { broker, call, with_values, seated, first }
+        Self { broker, call: Arc::new(call), with_values, seated, first }
     }
 
     /// The next thing to tell; waits until there is one, or until `stop` is done.
     ///
     /// # Errors
-    /// [`Reason::SlowConsumer`] where this was not asked for too long, [`Reason::Unauthenticated`] where the caller's
-    /// credential has ended, [`Reason::Unavailable`] with `stop`, [`Reason::AuditUnavailable`]. After an error the watch
-    /// is over, and nothing is lost: what was not told comes after the last revision that was.
+    /// [`Reason::SlowConsumer`] where this was not asked for too long, [`Reason::LimitExceeded`] where its prefix came to
+    /// cover more names than there is room for, [`Reason::Unauthenticated`] where the caller's credential has ended,
+    /// [`Reason::Unavailable`] with `stop`, [`Reason::AuditUnavailable`]. After an error the watch is over, and nothing
+    /// is lost: what was not told comes after the last revision that was.
     pub async fn next(&mut self, stop: impl Future<Output = ()>) -> Result<Told, BrokerError> {
         let seat = Arc::clone(&self.seated.seat);
         seat.attended(self.tell(stop)).await
@@ -119,8 +122,10 @@ impl Watching {
 
     /// Whether the watcher still has its seat, and its token. The end of a token is on record.
     async fn still_good(&self) -> Result<(), BrokerError> {
-        if self.seated.seat.has_ended() {
-            return Err(slow());
+        match self.seated.seat.ended() {
+            None => {}
+            Some(End::Slow) => return Err(slow()),
+            Some(End::Over(over)) => return Err(over.into()),
         }
         if self.broker.parts.tokens.is_live(&self.call.principal) {
             return Ok(());
@@ -163,10 +168,12 @@ impl Watching {
     }
 
     /// Asks for what is current, in a task of its own: others wait for the same answer, and nobody has to poll a watch.
+    /// The task ends with whoever waits here, so that there are never more of them than watches.
     async fn fetch(&self, grant: Grant, untold: Untold) -> Option<(Grant, Result<Fetched, StoreError>)> {
         let (broker, channel) = (Arc::clone(&self.broker), Arc::clone(&self.seated.channel));
         let wanted = untold.clone();
-        let fetching = tokio::spawn(async move {
+        let mut fetching = JoinSet::new();
+        fetching.spawn(async move {
             let before = channel.known(&wanted.name);
             let fetched = channel.fetch(&broker.parts.stores, &grant, &wanted).await;
             if let Ok(fetched) = &fetched {
@@ -175,7 +182,7 @@ impl Watching {
             }
             (grant, fetched)
         });
-        match fetching.await {
+        match fetching.join_next().await? {
             Ok(answer) => Some(answer),
             Err(error) => {
                 tracing::error!(%error, "a watched secret could not be fetched");
@@ -289,16 +296,12 @@ impl Watching {
         }
     }
 
-    /// Where it is time, looks at what the store tells nobody of; in a task of its own, because the store may be slow,
-    /// and others wait for what is found.
+    /// Where it is time, has somebody look at what the store tells nobody of.
     fn look_around(&self) {
         let Seated { channel, seat, .. } = &self.seated;
-        if !seat.is_look_due() {
-            return;
+        if seat.is_look_due() {
+            look_when_due(channel, Look::new(&self.broker, &self.call, seat));
         }
-        seat.look_at(channel.next_look(seat.number));
-        let (broker, call) = (Arc::clone(&self.broker), self.call.clone());
-        tokio::spawn(look(broker, call, Arc::clone(channel), seat.sitter.subject.clone()));
     }
 }
 

@@ -37,7 +37,7 @@ impl Broker {
     ///
     /// # Errors
     /// [`BrokerError`]; needs [`Action::Read`] on one of the names at least, or [`Action::List`] on the environment for
-    /// a prefix. [`Reason::LimitExceeded`] where there are too many watches.
+    /// a prefix. [`Reason::LimitExceeded`] over one of the [`Bounds`](super::Bounds).
     pub async fn watch(
         self: &Arc<Self>,
         call: &Call,
@@ -80,14 +80,10 @@ impl Broker {
         listed: Vec<SecretName>,
     ) -> Result<Seated, BrokerError> {
         let channel = self.parts.feed.channel(&request.environment).await?;
-        let sitter = Sitter {
-            subject: request.subject.clone(),
-            consumer: request.consumer.clone(),
-            principal: call.principal.to_string(),
-        };
+        let sitter = Sitter { subject: request.subject.clone(), consumer: request.consumer.clone() };
         let denied: BTreeSet<_> = denied.iter().map(|denied| denied.name.clone()).collect();
         let arrival = Arrival { denied: &denied, listed, after: request.after };
-        self.parts.feed.seat(channel, sitter, arrival).await
+        self.parts.feed.seat(channel, &call.principal.to_string(), sitter, arrival).await
     }
 
     /// At least one of the names has to be permitted; else all refusals are on record, and the first is the answer.

@@ -17,7 +17,7 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::fs::{FlockOperation, OFlags};
+use rustix::fs::{Access, FlockOperation, OFlags};
 use rustix::io::Errno;
 use sqlx::ConnectOptions;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteLockingMode};
@@ -95,18 +95,42 @@ pub(super) fn claim(database: &Path) -> Result<File, KvError> {
     }
 }
 
+/// Whether somebody has the database open, and so has [`claim`]ed it. Changes nothing.
+///
+/// # Errors
+/// [`KvError::BadFile`] and [`KvError::Unavailable`] for what opening it would refuse at sight: owner, mode, kind of
+/// file, and what this process may not write.
+pub(crate) fn is_taken(database: &Path) -> Result<bool, KvError> {
+    inspect_database(database)?;
+    let lock = beside(database, ".lock");
+    let claimed = inspect(&lock)?;
+    for path in [database, &beside(database, "-wal"), &lock] {
+        // Not opened: closing it would drop the locks that this process may have on it.
+        match rustix::fs::access(path, Access::READ_OK | Access::WRITE_OK) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(error) => return Err(unavailable(path, error)),
+        }
+    }
+    if claimed.is_none() {
+        return Ok(false);
+    }
+    let held = create(&lock, &mut OpenOptions::new())?;
+    // Shared, so that two who look see nothing of each other; let go with the descriptor.
+    match rustix::fs::flock(&held, FlockOperation::NonBlockingLockShared) {
+        Ok(()) => Ok(false),
+        Err(Errno::WOULDBLOCK) => Ok(true),
+        Err(error) => Err(unavailable(&lock, error)),
+    }
+}
+
 /// Opens the database, and creates it where there is none. Needs the [`claim`].
 ///
 /// # Errors
 /// [`KvError::BadFile`] for a file that is open to others, is another program's, damaged, or too new; such a file is
 /// left as it was.
 pub(super) async fn connect(path: &Path) -> Result<SqliteConnection, KvError> {
-    match inspect(path)?.map(|found| found.len()) {
-        None => drop(create(path, OpenOptions::new().create_new(true))?),
-        Some(length @ 1..HEADER_BYTES) => {
-            return Err(bad(path, format!("is {length} bytes long and no database; {RESTORE}")));
-        }
-        Some(_) => {}
+    if inspect_database(path)?.is_none() {
+        drop(create(path, OpenOptions::new().create_new(true))?);
     }
     prepare(path).await.map_err(|failure| match failure {
         Failure::Refused(problem) => bad(path, problem),
@@ -171,6 +195,17 @@ async fn identify(sqlite: &mut SqliteConnection) -> Result<bool, Failure> {
 }
 
 const RESTORE: &str = "restore it from a backup or name another file";
+
+/// As [`inspect`]; refuses a file, too, that is too short to be a database and not empty.
+fn inspect_database(path: &Path) -> Result<Option<Metadata>, KvError> {
+    let found = inspect(path)?;
+    match found.as_ref().map(Metadata::len) {
+        Some(length @ 1..HEADER_BYTES) => {
+            Err(bad(path, format!("is {length} bytes long and no database; {RESTORE}")))
+        }
+        _ => Ok(found),
+    }
+}
 
 /// What stands at `path`, if anything does; refuses what is not a private file of our own.
 fn inspect(path: &Path) -> Result<Option<Metadata>, KvError> {

@@ -13,6 +13,8 @@ mod engine;
 mod file;
 mod watch;
 
+pub(crate) use file::is_taken;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};

@@ -151,6 +151,7 @@ impl Inner {
         let served = async {
             match self.caller(presented, source, Arc::clone(request_id)).await {
                 Ok(caller) => {
+                    request.extensions().get::<ConnectionInfo>().into_iter().for_each(ConnectionInfo::known);
                     request.extensions_mut().insert(caller);
                     inner.call(request).await
                 }
@@ -299,7 +300,10 @@ where
             let source = connection.map_or(SourceAddress::Internal, |connection| connection.source.clone());
             let account = door.accounts.open(&request, &source);
             let mut response = match request.uri().path().starts_with(OPEN) {
-                true => inner.call(request).await?,
+                true => {
+                    request.extensions().get::<ConnectionInfo>().into_iter().for_each(ConnectionInfo::renew);
+                    inner.call(request).await?
+                }
                 false => door.answer(inner, request, source, &account.request_id).await?,
             };
             if let Ok(value) = HeaderValue::from_str(&account.request_id) {

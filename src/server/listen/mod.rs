@@ -1,11 +1,12 @@
 //! Listeners: a Unix socket, TCP on loopback, TLS anywhere. All give connections of one type, counted against one
-//! bound, and against another for each caller.
+//! bound, and against others for each caller and for those whom nobody knows.
 //!
 //! ```text
 //! accept ─▶ a place? ── no ─▶ closed at once, counted
 //!              │ yes
-//!              ├─ Unix, TCP ─────────────────────────────▶ Connection ─▶ HTTP/2 within 10 s
-//!              └─ TLS ─▶ handshake, beside others, within 5 s ─▶ ┘
+//!              ├─ Unix, TCP ──────────────────────────▶ Connection ─▶ HTTP/2 within 10 s,
+//!              └─ TLS ─▶ handshake, beside others, ──────▶ ┘          and over the network
+//!                        within 5 s                                   somebody known within 30 s
 //! ```
 
 mod connection;
@@ -30,8 +31,7 @@ use crate::identity::{Peer, SourceAddress};
 pub(in crate::server) use connection::{Connection, ConnectionInfo};
 pub use places::Places;
 
-use connection::Socket;
-use places::Place;
+use connection::{Admitted, Socket};
 
 /// Where to listen.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -77,7 +77,7 @@ impl Listen {
 pub struct Bound {
     listener: Listener,
     address: String,
-    _socket: Option<SocketFile>,
+    socket: Option<SocketFile>,
 }
 
 #[derive(Debug)]
@@ -93,6 +93,16 @@ impl Bound {
     #[must_use]
     pub fn address(&self) -> &str {
         &self.address
+    }
+
+    /// Whether the socket file that callers look for is still this listener's; a network address always is.
+    pub(crate) fn reachable(&self) -> impl Fn() -> bool + Send + Sync + 'static {
+        let mark = self.socket.as_ref().map(|socket| (socket.path.clone(), socket.inode));
+        move || {
+            mark.as_ref().is_none_or(|(path, inode)| {
+                std::fs::symlink_metadata(path).is_ok_and(|found| found.ino() == *inode)
+            })
+        }
     }
 
     /// The certificates of a TLS listener.
@@ -115,21 +125,20 @@ impl Bound {
         })
     }
 
-    async fn accept(&self) -> io::Result<(Socket, ConnectionInfo)> {
+    /// The next connection, where it comes from, and who the kernel says it is.
+    async fn accept(&self) -> io::Result<(Socket, SourceAddress, Option<Peer>)> {
         match &self.listener {
             Listener::Unix(listener) => {
                 let (stream, _) = listener.accept().await?;
                 let credentials = stream.peer_cred()?;
                 let pid = credentials.pid();
-                let peer = Some(Peer { uid: credentials.uid(), gid: credentials.gid(), pid });
-                let source = SourceAddress::Unix { pid };
-                Ok((Socket::Unix(stream), ConnectionInfo { source, peer, certificate: None }))
+                let peer = Peer { uid: credentials.uid(), gid: credentials.gid(), pid };
+                Ok((Socket::Unix(stream), SourceAddress::Unix { pid }, Some(peer)))
             }
             Listener::Tcp(listener) | Listener::Tls(listener, _) => {
                 let (stream, address) = listener.accept().await?;
                 stream.set_nodelay(true)?;
-                let source = SourceAddress::Tcp(address);
-                Ok((Socket::Tcp(stream), ConnectionInfo { source, peer: None, certificate: None }))
+                Ok((Socket::Tcp(stream), SourceAddress::Tcp(address), None))
             }
         }
     }
@@ -148,8 +157,7 @@ struct Incoming {
 /// How a handshake ended.
 struct Shaken {
     result: io::Result<Secured>,
-    info: ConnectionInfo,
-    place: Place,
+    admitted: Admitted,
 }
 
 impl Incoming {
@@ -157,7 +165,7 @@ impl Incoming {
         loop {
             let connection = tokio::select! {
                 accepted = self.bound.accept() => match accepted {
-                    Ok((socket, info)) => self.admit(socket, info),
+                    Ok((socket, source, peer)) => self.admit(socket, source, peer),
                     // Out of file descriptors, or a peer that went before it was accepted: the listener lives on, but
                     // not in a circle without a pause.
                     Err(error) => {
@@ -177,38 +185,39 @@ impl Incoming {
     }
 
     /// Gives a connection its place, before anything is read from it, and begins its handshake where it has one.
-    fn admit(&mut self, socket: Socket, info: ConnectionInfo) -> Option<Connection> {
-        let place = match self.places.take(&info, self.bound.tls().is_some()) {
+    fn admit(&mut self, socket: Socket, source: SourceAddress, peer: Option<Peer>) -> Option<Connection> {
+        let place = match self.places.take(&source, peer) {
             Ok(place) => place,
             Err(full) => {
                 self.complaints.place.say(|suppressed| {
-                    tracing::warn!(source = %info.source, suppressed, "connection refused: {full}");
+                    tracing::warn!(%source, suppressed, "connection refused: {full}");
                 });
                 return None;
             }
         };
+        let admitted = Admitted::new(source, peer, place);
         match (socket, self.bound.tls()) {
             (Socket::Tcp(stream), Some(tls)) => {
                 let tls = Arc::clone(tls);
                 self.handshakes.spawn(async move {
                     let result = tls.accept(stream).await;
-                    Shaken { result, info, place }
+                    Shaken { result, admitted }
                 });
                 None
             }
-            (socket, _) => Some(Connection::new(socket, info, place)),
+            (socket, _) => Some(Connection::new(socket, admitted)),
         }
     }
 
     fn shaken(&mut self, shaken: Result<Shaken, JoinError>) -> Option<Connection> {
         match shaken {
-            Ok(Shaken { result: Ok(secured), info, place }) => {
-                let info = ConnectionInfo { certificate: secured.certificate(), ..info };
-                Some(Connection::new(Socket::Tls(Box::new(secured)), info, place.shaken()))
+            Ok(Shaken { result: Ok(secured), admitted }) => {
+                let admitted = admitted.shaken(secured.certificate());
+                Some(Connection::new(Socket::Tls(Box::new(secured)), admitted))
             }
-            Ok(Shaken { result: Err(error), info, .. }) => {
+            Ok(Shaken { result: Err(error), admitted }) => {
                 self.complaints.handshake.say(|suppressed| {
-                    tracing::warn!(source = %info.source, %error, suppressed, "TLS handshake failed");
+                    tracing::warn!(source = %admitted.info.source, %error, suppressed, "TLS handshake failed");
                 });
                 None
             }
@@ -288,7 +297,7 @@ async fn bind_unix(path: &Path, mode: u32) -> Result<Bound, ServerError> {
         .map_err(|error| refuse(format!("mode {mode:o}: {error}")))?;
     let inode = std::fs::symlink_metadata(path).map_err(|error| refuse(error.to_string()))?.ino();
     let socket = Some(SocketFile { path: path.to_owned(), inode });
-    Ok(Bound { listener: Listener::Unix(listener), address, _socket: socket })
+    Ok(Bound { listener: Listener::Unix(listener), address, socket })
 }
 
 async fn bind_tcp(address: SocketAddr) -> Result<Bound, ServerError> {
@@ -297,13 +306,13 @@ async fn bind_tcp(address: SocketAddr) -> Result<Bound, ServerError> {
         return Err(ServerError::Listen { address: address.to_string(), problem: problem.to_owned() });
     }
     let (listener, taken) = listen_tcp(address).await?;
-    Ok(Bound { listener: Listener::Tcp(listener), address: format!("http://{taken}"), _socket: None })
+    Ok(Bound { listener: Listener::Tcp(listener), address: format!("http://{taken}"), socket: None })
 }
 
 async fn bind_tls(settings: &Settings, clock: SharedClock) -> Result<Bound, ServerError> {
     let tls = Tls::load(settings.clone(), clock)?;
     let (listener, taken) = listen_tcp(settings.address).await?;
-    Ok(Bound { listener: Listener::Tls(listener, tls), address: format!("https://{taken}"), _socket: None })
+    Ok(Bound { listener: Listener::Tls(listener, tls), address: format!("https://{taken}"), socket: None })
 }
 
 /// The listener, and the address with the port really taken.
@@ -322,7 +331,7 @@ mod tests {
     use tonic::transport::server::Connected as _;
 
     #[tokio::test]
-    async fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
+    async fn a_stalesocket_is_replaced_and_a_live_one_is_not() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("s.sock");
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
@@ -336,7 +345,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_not_a_socket_is_left_alone() {
+    async fn what_is_not_asocket_is_left_alone() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("precious");
         std::fs::write(&path, "data").unwrap();

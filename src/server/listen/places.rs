@@ -1,19 +1,30 @@
-//! Places for connections: so many over all listeners, so many for one caller, and of those that have not yet shown
-//! who they are no more than half, so that silent strangers on the network leave room on the Unix socket.
+//! Places for connections: so many over all listeners, and so many for one caller. Those that come over the network
+//! leave some to Unix sockets, and those of them that nobody is known to be on leave half to the others.
+//!
+//! ```text
+//! connections
+//! ├──────────── the network's ────────────┼─ Unix sockets' alone ─┤   16, and at least one in 16
+//! ├─ half: unknown ──┼─── known only ─────┤
+//! ```
+//!
+//! Known are: who comes over a Unix socket, because the kernel says who it is; who presents a certificate that the
+//! handshake verified; and whose first call was authenticated. All others can take no more than the share of the
+//! unknown, however many they are, and keep a place of it only for a while.
 
 use std::collections::HashMap;
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::ConnectionInfo;
-use crate::identity::SourceAddress;
+use crate::identity::{Peer, SourceAddress};
 use crate::server::Limits;
 
 /// The places, shared by all listeners.
 #[derive(Debug, Clone)]
 pub struct Places {
     connections: usize,
+    network: usize,
     per_caller: usize,
     taken: Arc<Mutex<Taken>>,
 }
@@ -21,7 +32,8 @@ pub struct Places {
 #[derive(Debug, Default)]
 struct Taken {
     open: usize,
-    in_handshake: usize,
+    network: usize,
+    unknown: usize,
     callers: HashMap<Caller, usize>,
     refused: u64,
 }
@@ -38,8 +50,8 @@ enum Caller {
 }
 
 impl Caller {
-    fn of(info: &ConnectionInfo) -> Self {
-        match (&info.peer, &info.source) {
+    fn of(source: &SourceAddress, peer: Option<Peer>) -> Self {
+        match (peer, source) {
             (Some(peer), _) => Self::Uid(peer.uid),
             (None, SourceAddress::Tcp(address)) => Self::Ip(network(address.ip().to_canonical())),
             (None, SourceAddress::Unix { .. } | SourceAddress::Internal) => Self::Unknown,
@@ -59,7 +71,8 @@ fn network(address: IpAddr) -> IpAddr {
 pub(super) enum Full {
     Everyone,
     Caller,
-    Handshakes,
+    Network,
+    Unknown,
 }
 
 impl fmt::Display for Full {
@@ -67,7 +80,10 @@ impl fmt::Display for Full {
         f.write_str(match self {
             Self::Everyone => "the bound on connections is reached",
             Self::Caller => "the bound on connections of one caller is reached",
-            Self::Handshakes => "half of all connections are in their handshake",
+            Self::Network => "the network's places are all taken; the rest is for Unix sockets",
+            Self::Unknown => {
+                "half of the network's places are taken by connections that nobody is known to be on"
+            }
         })
     }
 }
@@ -77,7 +93,8 @@ impl Places {
     #[must_use]
     pub fn new(limits: &Limits) -> Self {
         let (connections, per_caller) = (limits.connections, limits.connections_per_caller);
-        Self { connections, per_caller, taken: Arc::default() }
+        let network = connections.saturating_sub((connections / 16).max(16)).max(1);
+        Self { connections, network, per_caller, taken: Arc::default() }
     }
 
     /// How many connections are open now.
@@ -92,17 +109,20 @@ impl Places {
         lock(&self.taken).refused
     }
 
-    /// A place, until it is dropped.
-    pub(super) fn take(&self, info: &ConnectionInfo, in_handshake: bool) -> Result<Place, Full> {
-        let caller = Caller::of(info);
+    /// A place, until it is dropped. Over the network it is that of a stranger, until its standing says otherwise.
+    pub(super) fn take(&self, source: &SourceAddress, peer: Option<Peer>) -> Result<Place, Full> {
+        let caller = Caller::of(source, peer);
+        let over_network = peer.is_none();
         let mut taken = lock(&self.taken);
         let of_caller = taken.callers.get(&caller).copied().unwrap_or(0);
         let full = if taken.open >= self.connections {
             Some(Full::Everyone)
         } else if of_caller >= self.per_caller {
             Some(Full::Caller)
-        } else if in_handshake && taken.in_handshake >= self.connections.div_ceil(2) {
-            Some(Full::Handshakes)
+        } else if over_network && taken.network >= self.network {
+            Some(Full::Network)
+        } else if over_network && taken.unknown >= self.network.div_ceil(2) {
+            Some(Full::Unknown)
         } else {
             None
         };
@@ -111,10 +131,11 @@ impl Places {
             return Err(full);
         }
         taken.open += 1;
-        taken.in_handshake += usize::from(in_handshake);
+        taken.network += usize::from(over_network);
+        taken.unknown += usize::from(over_network);
         taken.callers.insert(caller, of_caller + 1);
         drop(taken);
-        Ok(Place { taken: Arc::clone(&self.taken), caller, in_handshake })
+        Ok(Place { caller, over_network, standing: Arc::new(Standing::new(&self.taken, over_network)) })
     }
 }
 
@@ -122,30 +143,64 @@ fn lock(taken: &Mutex<Taken>) -> MutexGuard<'_, Taken> {
     taken.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Whether it is known who is on a connection. Its place and every call on it share this.
+#[derive(Debug)]
+pub(super) struct Standing {
+    taken: Arc<Mutex<Taken>>,
+    unknown: AtomicBool,
+    renewed: AtomicBool,
+}
+
+impl Standing {
+    fn new(taken: &Arc<Mutex<Taken>>, unknown: bool) -> Self {
+        let (unknown, renewed) = (AtomicBool::new(unknown), AtomicBool::new(false));
+        Self { taken: Arc::clone(taken), unknown, renewed }
+    }
+
+    pub(super) fn is_known(&self) -> bool {
+        !self.unknown.load(Ordering::Acquire)
+    }
+
+    /// From now on it is known: gives back, once, what the connection has of the share of the unknown.
+    pub(super) fn known(&self) {
+        // Looked at first: this is asked with every call, and the answer changes once.
+        if !self.is_known() && self.unknown.swap(false, Ordering::AcqRel) {
+            lock(&self.taken).unknown -= 1;
+        }
+    }
+
+    /// An unknown connection asked for what is open to everyone.
+    pub(super) fn renew(&self) {
+        self.renewed.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether there was a reason, since this was last asked, to let the connection be.
+    pub(super) fn may_stay(&self) -> bool {
+        self.is_known() || self.renewed.swap(false, Ordering::Relaxed)
+    }
+}
+
 /// A connection's place; free again when it goes.
 #[derive(Debug)]
 pub(super) struct Place {
-    taken: Arc<Mutex<Taken>>,
     caller: Caller,
-    in_handshake: bool,
+    over_network: bool,
+    standing: Arc<Standing>,
 }
 
 impl Place {
-    /// The handshake is done.
-    pub(super) fn shaken(mut self) -> Self {
-        if self.in_handshake {
-            lock(&self.taken).in_handshake -= 1;
-            self.in_handshake = false;
-        }
-        self
+    pub(super) const fn standing(&self) -> &Arc<Standing> {
+        &self.standing
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let mut taken = lock(&self.taken);
+        // A call may outlive its connection; what it says of it then counts no more.
+        self.standing.known();
+        let mut taken = lock(&self.standing.taken);
         taken.open -= 1;
-        taken.in_handshake -= usize::from(self.in_handshake);
+        taken.network -= usize::from(self.over_network);
         // A caller without connections is forgotten: strangers must not fill the memory.
         let left = taken.callers.get(&self.caller).map_or(0, |count| count.saturating_sub(1));
         match left {
@@ -158,70 +213,104 @@ impl Drop for Place {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::identity::Peer;
 
     fn places(connections: usize, connections_per_caller: usize) -> Places {
         Places::new(&Limits { connections, connections_per_caller, ..Limits::default() })
     }
 
-    fn tcp(address: &str) -> ConnectionInfo {
-        let source = SourceAddress::Tcp(address.parse().unwrap());
-        ConnectionInfo { source, peer: None, certificate: None }
+    impl Places {
+        fn tcp(&self, address: &str) -> Result<Place, Full> {
+            self.take(&SourceAddress::Tcp(address.parse().unwrap()), None)
+        }
+
+        fn unix(&self, uid: u32) -> Result<Place, Full> {
+            let peer = Peer { uid, gid: 0, pid: Some(1) };
+            self.take(&SourceAddress::Unix { pid: peer.pid }, Some(peer))
+        }
+
+        /// Open, over the network, unknown, callers.
+        fn counts(&self) -> (usize, usize, usize, usize) {
+            let taken = lock(&self.taken);
+            (taken.open, taken.network, taken.unknown, taken.callers.len())
+        }
     }
 
-    fn unix(uid: u32, pid: i32) -> ConnectionInfo {
-        let peer = Some(Peer { uid, gid: 0, pid: Some(pid) });
-        ConnectionInfo { source: SourceAddress::Unix { pid: Some(pid) }, peer, certificate: None }
+    fn known(place: Place) -> Place {
+        place.standing().known();
+        place
     }
 
     #[test]
     fn one_caller_can_not_take_all_places() {
-        let places = places(5, 2);
+        let places = places(22, 2);
         let held = [
-            places.take(&tcp("10.0.0.1:1"), false).unwrap(),
-            places.take(&tcp("10.0.0.1:2"), false).unwrap(),
-            places.take(&tcp("10.0.0.2:1"), false).unwrap(),
+            known(places.tcp("10.0.0.1:1").unwrap()),
+            known(places.tcp("10.0.0.1:2").unwrap()),
+            known(places.tcp("10.0.0.2:1").unwrap()),
         ];
-        assert_eq!(places.take(&tcp("10.0.0.1:3"), false).unwrap_err(), Full::Caller);
-        assert_eq!(places.take(&tcp("[::ffff:10.0.0.1]:3"), false).unwrap_err(), Full::Caller);
-        let _more = [places.take(&unix(7, 1), false).unwrap(), places.take(&unix(7, 2), false).unwrap()];
-        assert_eq!(places.take(&unix(8, 3), false).unwrap_err(), Full::Everyone);
-        assert_eq!((places.open(), places.refused()), (5, 3));
+        assert_eq!(places.tcp("10.0.0.1:3").unwrap_err(), Full::Caller);
+        assert_eq!(places.tcp("[::ffff:10.0.0.1]:3").unwrap_err(), Full::Caller);
+        let _more = [places.unix(7).unwrap(), places.unix(7).unwrap()];
+        let _others: Vec<_> = (100..117).map(|uid| places.unix(uid).unwrap()).collect();
+        assert_eq!(places.unix(8).unwrap_err(), Full::Everyone);
+        assert_eq!((places.open(), places.refused()), (22, 3));
         drop(held);
-        assert_eq!(places.take(&unix(7, 3), false).unwrap_err(), Full::Caller, "a uid is one caller");
-        places.take(&tcp("10.0.0.1:4"), false).unwrap();
+        assert_eq!(places.unix(7).unwrap_err(), Full::Caller, "a uid is one caller");
+        places.tcp("10.0.0.1:4").unwrap();
     }
 
     #[test]
     fn a_network_of_64_bits_is_one_caller() {
-        let places = places(10, 1);
-        let _one = places.take(&tcp("[2001:db8:0:1::1]:1"), false).unwrap();
-        assert_eq!(places.take(&tcp("[2001:db8:0:1:ffff::2]:1"), false).unwrap_err(), Full::Caller);
-        places.take(&tcp("[2001:db8:0:2::1]:1"), false).unwrap();
+        let places = places(40, 1);
+        let _one = places.tcp("[2001:db8:0:1::1]:1").unwrap();
+        assert_eq!(places.tcp("[2001:db8:0:1:ffff::2]:1").unwrap_err(), Full::Caller);
+        places.tcp("[2001:db8:0:2::1]:1").unwrap();
     }
 
     #[test]
-    fn b25_handshakes_leave_room_for_others() {
-        let places = places(4, 4);
-        let first = places.take(&tcp("10.0.0.1:1"), true).unwrap();
-        let second = places.take(&tcp("10.0.0.2:1"), true).unwrap();
-        assert_eq!(places.take(&tcp("10.0.0.3:1"), true).unwrap_err(), Full::Handshakes);
-        places.take(&unix(7, 1), false).unwrap();
-        let first = first.shaken();
-        let third = places.take(&tcp("10.0.0.3:1"), true).unwrap();
+    fn b25_strangers_leave_room_for_whom_somebody_knows() {
+        let places = places(20, 4);
+        let first = places.tcp("10.0.0.1:1").unwrap();
+        let second = places.tcp("10.0.0.2:1").unwrap();
+        assert_eq!(places.tcp("10.0.0.3:1").unwrap_err(), Full::Unknown);
+        places.unix(7).unwrap();
+        first.standing().renew();
+        assert!(first.standing().may_stay() && !first.standing().may_stay(), "a reason counts once");
+        assert_eq!(places.tcp("10.0.0.3:1").unwrap_err(), Full::Unknown, "a renewal frees nothing");
+        let first = known(known(first));
+        assert!(first.standing().may_stay() && first.standing().may_stay());
+        assert_eq!(places.counts(), (2, 2, 1, 2));
+        let third = places.tcp("10.0.0.3:1").unwrap();
+        let outlives = Arc::clone(third.standing());
         drop((first, second, third));
-        let taken = lock(&places.taken);
-        assert_eq!((taken.open, taken.in_handshake, taken.callers.len()), (0, 0, 0));
+        outlives.known();
+        assert_eq!(places.counts(), (0, 0, 0, 0));
+    }
+
+    #[test]
+    fn b25_the_network_leaves_places_to_unix_sockets() {
+        for (connections, network) in [(1, 1), (4, 1), (17, 1), (20, 4), (256, 240), (1_024, 960)] {
+            let places = places(connections, usize::MAX);
+            let held: Vec<_> = (0..network).map(|_| known(places.tcp("10.0.0.1:1").unwrap())).collect();
+            let full = places.tcp("10.0.0.1:1").unwrap_err();
+            assert_eq!(full, if connections == 1 { Full::Everyone } else { Full::Network }, "{connections}");
+            let local: Vec<_> = (network..connections).map(|_| places.unix(7).unwrap()).collect();
+            assert_eq!(places.unix(7).unwrap_err(), Full::Everyone, "{connections}");
+            drop((held, local));
+            assert_eq!(places.counts(), (0, 0, 0, 0));
+        }
     }
 
     #[test]
     fn ten_thousand_connections_leave_nothing_behind() {
-        let places = places(10, 10);
+        let places = places(20, 10);
         for port in 1..=10_000_u16 {
-            let place = places.take(&tcp(&format!("10.0.{}.1:{port}", port % 200)), port % 2 == 0).unwrap();
-            drop(if port % 3 == 0 { place.shaken() } else { place });
+            let place = match port % 2 {
+                0 => places.unix(u32::from(port)).unwrap(),
+                _ => places.tcp(&format!("10.0.{}.1:{port}", port % 200)).unwrap(),
+            };
+            drop(if port % 3 == 0 { known(place) } else { place });
         }
-        let taken = lock(&places.taken);
-        assert_eq!((taken.open, taken.in_handshake, taken.callers.len(), taken.refused), (0, 0, 0, 0));
+        assert_eq!((places.counts(), places.refused()), ((0, 0, 0, 0), 0));
     }
 }

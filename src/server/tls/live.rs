@@ -101,6 +101,12 @@ pub(super) struct Watch {
     watched: Arc<Watched>,
 }
 
+impl Watch {
+    pub(super) fn is_ended(&self) -> bool {
+        self.watched.is_ended()
+    }
+}
+
 impl Drop for Watch {
     fn drop(&mut self) {
         self.live.slots().watched.remove(&self.number);
@@ -142,7 +148,7 @@ impl Secured {
         cx: &mut Context<'_>,
         poll: impl FnOnce(Pin<&mut TlsStream<TcpStream>>, &mut Context<'_>) -> Poll<io::Result<T>>,
     ) -> Poll<io::Result<T>> {
-        if self.watch.as_ref().is_some_and(|watch| watch.watched.is_ended()) {
+        if self.watch.as_ref().is_some_and(Watch::is_ended) {
             return Poll::Ready(Err(no_longer_trusted()));
         }
         let done = poll(Pin::new(&mut self.stream), cx);
@@ -221,7 +227,7 @@ mod tests {
         assert!(stays.watched.poll_ended(&Context::from_waker(&wakers[1])).is_pending());
         assert_eq!(live.end_unless(|watched| watched.chain == chain(b"stays")), 1);
         assert_eq!((woken.0.load(Ordering::SeqCst), left.0.load(Ordering::SeqCst)), (1, 0));
-        assert!(gone.watched.is_ended() && !stays.watched.is_ended());
+        assert!(gone.is_ended() && !stays.is_ended());
         assert!(gone.watched.poll_ended(&Context::from_waker(&noop_waker())).is_ready());
     }
 

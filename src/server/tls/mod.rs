@@ -1,32 +1,38 @@
 //! TLS 1.3, with or without certificates of clients.
 //!
 //! ```text
-//! files ─▶ Files (who may write them?) ─▶ Material (do they fit? are they valid?) ─▶ swapped in whole, or kept out
-//!                                                                                      │
-//! accept ─▶ handshake ─▶ registered ─▶ chain verified against what is in force now ◀───┤
-//!                             ▲                                                        │
-//!                             └── each live chain verified again; who fails is dropped ┘
+//! files ─┬▶ own pair (who may write it? does it fit? is it valid?) ──▶ taken or kept out ─┬▶ Material, swapped in
+//!        └▶ authorities (who may write them? which have not expired?) ▶ taken or kept out ┘      │
+//!                ▲                                                                               │
+//!                └── looked at again as time goes by ◀───────────────────────────────────────────┤
+//! accept ─▶ handshake ─▶ registered ─▶ chain verified against what is in force now ◀─────────────┤
+//!                             ▲                                                                  │
+//!                             └── each live chain verified again; who fails is dropped ──────────┘
 //! ```
 //!
 //! INVARIANT: no connection outlives the trust in its client's certificate by more than a minute, and none that
 //! begins after a change of the authorities is judged by the old ones. A connection registers before its last check,
 //! and a change is in force before the live ones are looked through, so one of the two looks sees the other.
-//! Sessions are resumed only under the files that they began with: each load has ticket keys of its own.
+//! Sessions are resumed only under the material that they began with: each has ticket keys of its own.
 //!
 //! Revocation lists are not read: an authority that must not be trusted any more is taken out of the bundle, and
 //! clients' certificates are meant to be short-lived.
 
 mod expiry;
+mod files;
+#[cfg(test)]
+mod fixtures;
 mod live;
 mod material;
+mod part;
 mod reload;
+mod trust;
 
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -41,7 +47,9 @@ use crate::identity::mtls::ClientCertificate;
 
 use expiry::Notices;
 use live::Live;
-use material::{Files, Material};
+use material::{Material, Pair};
+use part::{Look, Part};
+use trust::Trust;
 
 pub(in crate::server) use live::Secured;
 
@@ -151,10 +159,10 @@ pub struct Tls {
     present: ArcSwap<Material>,
     live: Arc<Live>,
     notices: Mutex<Notices>,
-    /// Held while files are read, so that an older read never replaces a newer one.
+    /// Held while files are read and what is in force is replaced, so that an older read never replaces a newer one.
     reading: Mutex<()>,
-    reloaded: AtomicU64,
-    kept_out: AtomicU64,
+    own: Part,
+    authorities: Part,
 }
 
 impl Tls {
@@ -163,8 +171,12 @@ impl Tls {
     /// # Errors
     /// [`TlsError`]: also where a certificate is not valid at this time.
     pub fn load(settings: Settings, clock: SharedClock) -> Result<Arc<Self>, TlsError> {
-        let material = Material::new(&settings, &Files::read(&settings)?, &clock)?;
-        material.say_warnings();
+        let now = clock.now();
+        let pair = Arc::new(Pair::check(&settings, &Pair::read(&settings)?, now)?);
+        let check = |path: &Path| Trust::check(path, settings.clients, &Trust::read(path)?, now);
+        let trust = settings.client_ca.as_deref().map(check).transpose()?.map(Arc::new);
+        trust.iter().for_each(|trust| trust.say_warnings());
+        let material = Material::new(pair, trust, &settings, &clock)?;
         Ok(Arc::new(Self {
             settings,
             clock,
@@ -172,46 +184,83 @@ impl Tls {
             live: Arc::default(),
             notices: Mutex::default(),
             reading: Mutex::default(),
-            reloaded: AtomicU64::new(0),
-            kept_out: AtomicU64::new(0),
+            own: Part::new("server"),
+            authorities: Part::new("client_ca"),
         }))
     }
 
-    /// Reads the files again. What is valid comes into force for new connections, and live ones whose client is no
-    /// longer trusted are closed; what is not is logged, counted and kept out. Blocks on the files.
+    /// Reads the files again. The pair of certificate and key is judged by itself, and so are the authorities. What is
+    /// valid comes into force for new connections, and live ones whose client is no longer trusted are closed; what is
+    /// not is logged, counted and kept out. Blocks on the files.
     ///
     /// # Errors
-    /// [`TlsError`]: the last valid ones stay in force.
+    /// [`TlsError`]: of what was refused the last valid one stays in force, and what was not is in force.
     pub fn reload(&self, cause: &str) -> Result<(), TlsError> {
-        let _one_at_a_time = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
-        self.replace(cause, Files::read(&self.settings))
+        self.look_again(Look { cause, asked: true })
     }
 
-    /// As [`reload`](Self::reload), where the files are not those in force.
+    /// As [`reload`](Self::reload), where the files are not those in force. The same refusal is said once.
     fn reload_if_changed(&self, cause: &str) -> Result<(), TlsError> {
-        let _one_at_a_time = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
-        match Files::read(&self.settings) {
-            Ok(files) if files.digest() == self.present.load().digest => Ok(()),
-            files => self.replace(cause, files),
-        }
+        self.look_again(Look { cause, asked: false })
     }
 
-    fn replace(&self, cause: &str, files: Result<Files, TlsError>) -> Result<(), TlsError> {
-        match files.and_then(|files| Material::new(&self.settings, &files, &self.clock)) {
-            Ok(material) => {
-                material.say_warnings();
-                self.present.store(Arc::new(material));
-                self.reloaded.fetch_add(1, Ordering::Relaxed);
-                let closed = self.close_untrusted();
-                tracing::info!(cause, closed, "certificates reloaded");
-                Ok(())
+    fn look_again(&self, look: Look<'_>) -> Result<(), TlsError> {
+        let _one_at_a_time = self.one_at_a_time();
+        let (present, now, settings) = (self.present.load_full(), self.clock.now(), &self.settings);
+        let pair = self.own.judge(look, Pair::read(settings), &present.pair.digest, |files| {
+            Pair::check(settings, files, now)
+        });
+        let trust = match (&settings.client_ca, &present.trust) {
+            (Some(path), Some(trust)) => {
+                self.authorities.judge(look, Trust::read(path), &trust.digest, |files| {
+                    Trust::check(path, settings.clients, files, now)
+                })
             }
-            Err(error) => {
-                self.kept_out.fetch_add(1, Ordering::Relaxed);
-                tracing::error!(%error, cause, "certificates not reloaded; the last valid ones stay in force");
-                Err(error)
-            }
+            _ => Ok(None),
+        };
+        let (pair, pair_refused) = apart(pair);
+        let (trust, trust_refused) = apart(trust);
+        self.take(look.cause, &present, pair, trust)?;
+        pair_refused.or(trust_refused).map_or(Ok(()), Err)
+    }
+
+    /// Puts in force what is new.
+    fn take(
+        &self,
+        cause: &str,
+        present: &Material,
+        pair: Option<Pair>,
+        trust: Option<Trust>,
+    ) -> Result<(), TlsError> {
+        let (server, client_ca) = (pair.is_some(), trust.is_some());
+        if !server && !client_ca {
+            return Ok(());
         }
+        let closed = self.replace(present, pair, trust)?;
+        if server {
+            self.own.took();
+        }
+        if client_ca {
+            self.authorities.took();
+        }
+        tracing::info!(cause, server, client_ca, closed, "certificates reloaded");
+        Ok(())
+    }
+
+    /// Replaces what there is anew, closes the connections that are no longer trusted, and gives their number.
+    fn replace(
+        &self,
+        present: &Material,
+        pair: Option<Pair>,
+        trust: Option<Trust>,
+    ) -> Result<usize, TlsError> {
+        trust.iter().for_each(Trust::say_warnings);
+        let pair = pair.map_or_else(|| Arc::clone(&present.pair), Arc::new);
+        let trust = trust.map(Arc::new).or_else(|| present.trust.clone());
+        let material = Material::new(pair, trust, &self.settings, &self.clock)
+            .inspect_err(|error| tracing::error!(%error, "certificates not replaced"))?;
+        self.present.store(Arc::new(material));
+        Ok(self.close_untrusted())
     }
 
     /// Verifies each live chain against the authorities in force.
@@ -220,9 +269,10 @@ impl Tls {
         self.live.end_unless(|watched| material.trusts(&watched.chain, now))
     }
 
-    /// Closes connections whose client's certificate has expired, and warns of own certificates that soon do. To be
-    /// called at least each minute; [`keep_fresh`](Self::keep_fresh) does.
+    /// Closes connections whose client's certificate has expired, stops trusting authorities that have, and warns of
+    /// own certificates that soon do. To be called at least each minute; [`keep_fresh`](Self::keep_fresh) does.
     pub fn sweep(&self) {
+        self.sweep_authorities();
         let (material, now) = (self.present.load_full(), self.clock.now());
         // What no date has passed in was verified before. What else the client sent along may be out of date without
         // harm, so a passed date is only a reason to look.
@@ -231,21 +281,50 @@ impl Tls {
         if ended > 0 {
             tracing::info!(closed = ended, "connections closed: their clients' certificates have expired");
         }
-        self.notices.lock().unwrap_or_else(PoisonError::into_inner).say(&material.expiries, now);
+        self.notices.lock().unwrap_or_else(PoisonError::into_inner).say(&material.expiries(), now);
+    }
+
+    fn sweep_authorities(&self) {
+        let _one_at_a_time = self.one_at_a_time();
+        let present = self.present.load_full();
+        let Some(changed) = present.trust.as_ref().and_then(|trust| trust.at(self.clock.now())) else {
+            return;
+        };
+        match changed.and_then(|trust| self.replace(&present, None, Some(trust))) {
+            Ok(closed) => tracing::warn!(closed, "which authorities for clients count has changed with time"),
+            Err(error) => tracing::error!(%error, "an authority that has expired is still trusted"),
+        }
+    }
+
+    fn one_at_a_time(&self) -> MutexGuard<'_, ()> {
+        self.reading.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// When what is in force expires: `server` for the broker's own chain, `client_ca` for the first of the
-    /// authorities for clients.
+    /// authorities for clients that count; where none does any more, the last that did.
     #[must_use]
     pub fn expiries(&self) -> Vec<(String, Timestamp)> {
-        let material = self.present.load();
-        material.expiries.iter().map(|(name, not_after)| ((*name).to_owned(), *not_after)).collect()
+        let expiries = self.present.load().expiries();
+        expiries.into_iter().map(|(name, not_after)| (name.to_owned(), not_after)).collect()
     }
 
-    /// How often files were read again: taken, and kept out.
+    /// How often either part of the files was read again: taken, and kept out.
     #[must_use]
     pub fn reloads(&self) -> (u64, u64) {
-        (self.reloaded.load(Ordering::Relaxed), self.kept_out.load(Ordering::Relaxed))
+        let parts = self.reloads_by_part().into_iter();
+        parts.fold((0, 0), |(ok, failed), (_, taken, kept_out)| (ok + taken, failed + kept_out))
+    }
+
+    /// The same for each part, under the names that [`expiries`](Self::expiries) has for them.
+    #[must_use]
+    pub fn reloads_by_part(&self) -> [(&'static str, u64, u64); 2] {
+        [self.own.figures(), self.authorities.figures()]
+    }
+
+    /// Whether files that lie there now were refused, so that older ones are in force.
+    #[must_use]
+    pub fn is_refusing(&self) -> bool {
+        self.own.is_refusing() || self.authorities.is_refusing()
     }
 
     /// How many live connections stand on a client's certificate.
@@ -274,6 +353,14 @@ impl Tls {
     }
 }
 
+/// What there is to take, and why there is not.
+fn apart<T>(judged: Result<Option<T>, TlsError>) -> (Option<T>, Option<TlsError>) {
+    match judged {
+        Ok(found) => (found, None),
+        Err(error) => (None, Some(error)),
+    }
+}
+
 impl fmt::Debug for Tls {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Tls").field("settings", &self.settings).finish_non_exhaustive()
@@ -282,7 +369,25 @@ impl fmt::Debug for Tls {
 
 #[cfg(test)]
 mod tests {
+    use super::fixtures::{Folder, Issuer, pair, year};
     use super::*;
+    use crate::clock::ManualClock;
+
+    /// A listener on these files, in 2026.
+    fn load(folder: &Folder) -> (Arc<Tls>, Arc<ManualClock>) {
+        let clock = ManualClock::new(year(2026));
+        (Tls::load(folder.settings.clone(), clock.clone()).unwrap(), clock)
+    }
+
+    impl Tls {
+        fn trusts(&self, issuer: &Issuer) -> bool {
+            self.present.load().trusts(&issuer.client(), self.clock.now())
+        }
+
+        fn figures(&self) -> [(u64, u64); 2] {
+            self.reloads_by_part().map(|(_, taken, kept_out)| (taken, kept_out))
+        }
+    }
 
     fn config(text: &str) -> Result<Settings, String> {
         let config: Config = toml::from_str(text).map_err(|error| error.to_string())?;
@@ -300,5 +405,99 @@ mod tests {
         assert!(config(&format!("{mutual}clients = 'some'")).is_err());
         assert!(config(&format!("{base}ca = 'ca'")).is_err());
         assert!(config(&base.replace("0.0.0.0:7341", "localhost")).unwrap_err().contains("IP address"));
+    }
+    #[test]
+    fn b24_distrust_does_not_wait_for_a_pair_that_is_refused() {
+        let (folder, old, new) = (Folder::new(), Issuer::until(2030), Issuer::until(2030));
+        folder.write("ca.crt", 0o644, &old.pem());
+        let (tls, _) = load(&folder);
+        let live = tls.live.watch(old.client());
+        let expired = || folder.pair(2020, 2025);
+        let foreign = || folder.write("tls.key", 0o600, &pair(2025, 2027).1);
+        let gone = || std::fs::remove_file(folder.path("tls.crt")).unwrap();
+        let breaks: [&dyn Fn(); 3] = [&expired, &foreign, &gone];
+        for (break_pair, kept_out) in breaks.into_iter().zip(1..) {
+            break_pair();
+            tls.reload_if_changed("test").unwrap_err();
+            assert_eq!(tls.figures(), [(0, kept_out), (0, 0)]);
+        }
+        assert!(tls.trusts(&old) && !live.is_ended());
+        folder.write("ca.crt", 0o644, &new.pem());
+        tls.reload_if_changed("test").unwrap_err();
+        assert!(live.is_ended() && !tls.trusts(&old) && tls.trusts(&new));
+        assert_eq!((tls.figures(), tls.reloads()), ([(0, 3), (1, 0)], (1, 3)));
+    }
+
+    #[test]
+    fn b24_a_renewal_does_not_wait_for_authorities_that_are_refused() {
+        let (folder, authority) = (Folder::new(), Issuer::until(2030));
+        folder.write("ca.crt", 0o644, &authority.pem());
+        let (tls, _) = load(&folder);
+        folder.write("ca.crt", 0o666, &Issuer::until(2030).pem());
+        folder.pair(2025, 2029);
+        assert!(tls.reload_if_changed("test").unwrap_err().to_string().contains("ca.crt"));
+        assert_eq!(tls.figures(), [(1, 0), (0, 1)]);
+        assert!(tls.trusts(&authority));
+        assert_eq!(tls.expiries()[0], ("server".to_owned(), year(2029)));
+    }
+
+    #[test]
+    fn a_refusal_is_said_once_and_judged_as_long_as_it_is_there() {
+        let folder = Folder::new();
+        let (tls, clock) = load(&folder);
+        let good = ["tls.crt", "tls.key"].map(|name| std::fs::read_to_string(folder.path(name)).unwrap());
+        folder.pair(2027, 2029);
+        for _ in 0..3 {
+            tls.reload_if_changed("test").unwrap_err();
+        }
+        assert_eq!(tls.figures(), [(0, 1), (0, 0)]);
+        tls.reload("test").unwrap_err();
+        assert_eq!(tls.figures(), [(0, 2), (1, 0)], "who asks is told");
+        folder.pair(2028, 2029);
+        tls.reload_if_changed("test").unwrap_err();
+        assert_eq!(tls.figures(), [(0, 3), (1, 0)], "another one is another");
+        let refused = ["tls.crt", "tls.key"].map(|name| std::fs::read_to_string(folder.path(name)).unwrap());
+        let write = |[certificate, key]: &[String; 2]| {
+            folder.write("tls.crt", 0o644, certificate);
+            folder.write("tls.key", 0o600, key);
+        };
+        write(&good);
+        tls.reload_if_changed("test").unwrap();
+        write(&refused);
+        tls.reload_if_changed("test").unwrap_err();
+        assert_eq!(tls.figures(), [(0, 4), (1, 0)], "it came anew");
+        clock.set_wall(year(2028));
+        tls.reload_if_changed("test").unwrap();
+        assert_eq!(tls.figures(), [(1, 4), (1, 0)], "what was not valid yet is taken once it is");
+    }
+
+    #[test]
+    fn an_authority_that_expires_is_no_longer_trusted_though_no_file_changes() {
+        let (folder, first, second) = (Folder::new(), Issuer::until(2027), Issuer::until(2029));
+        folder.pair(2025, 2040);
+        folder.write("ca.crt", 0o644, &format!("{}{}", first.pem(), second.pem()));
+        let (tls, clock) = load(&folder);
+        let (goes, stays) = (tls.live.watch(first.client()), tls.live.watch(second.client()));
+        tls.sweep();
+        assert!(!goes.is_ended());
+        assert_eq!(tls.expiries()[1], ("client_ca".to_owned(), year(2027)));
+
+        clock.set_wall(year(2028));
+        tls.sweep();
+        assert!(goes.is_ended() && !stays.is_ended());
+        assert!(!tls.trusts(&first) && tls.trusts(&second));
+        assert_eq!(tls.expiries()[1].1, year(2029));
+
+        clock.set_wall(year(2030));
+        tls.sweep();
+        assert!(stays.is_ended() && !tls.trusts(&second), "nobody is left");
+        tls.reload_if_changed("test").unwrap();
+        tls.reload("test").unwrap_err();
+        assert!(!tls.trusts(&second));
+
+        let third = Issuer::until(2035);
+        folder.write("ca.crt", 0o644, &third.pem());
+        tls.reload_if_changed("test").unwrap();
+        assert!(tls.trusts(&third));
     }
 }
