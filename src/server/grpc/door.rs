@@ -357,7 +357,7 @@ fn grpc_timeout(text: &str) -> Option<Duration> {
 fn late() -> BrokerError {
     BrokerError::Rejected {
         reason: Reason::DeadlineExceeded,
-        message: "the deadline passed before there was an answer; a change may still take effect".to_owned(),
+        message: "the deadline passed before there was an answer; a change, where one was asked for, may still take effect".to_owned(),
     }
 }
 
