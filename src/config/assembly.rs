@@ -205,6 +205,7 @@ impl Running {
         let policies =
             Policies::load(resolved.policy.clone(), resolved.registry.clone(), Arc::clone(&clock))?;
         warnings.extend(policies.warnings());
+        warnings.extend(folder::open_to_others(&resolved.policy));
         warnings.extend(resolved.registry.iter().filter_map(|environment| not_inherited(environment)));
         let (stores, caches) = stores(resolved, &sealed, &clock).await?;
         let peers = PeerCredentials::new(resolved.peers.clone()).map_err(StartError::Config)?;
@@ -266,7 +267,7 @@ impl Running {
         beside.spawn(Arc::clone(&house.health).keep());
         beside.spawn(self.housekeeping().keep(shutdown.clone()));
         if let Some(admin) = self.admin.take() {
-            let scrape = figures::scrape(&house, tls, self.ring.ids().len());
+            let scrape = figures::scrape(&house, tls, Arc::clone(&self.ring));
             beside.spawn(admin.serve(Arc::clone(&house.health), scrape));
         }
         let served = server::serve(house, doors, shutdown).await;

@@ -134,6 +134,11 @@ fn defect(error: &JoinError) -> BrokerError {
     BrokerError::Rejected { reason: Reason::Internal, message }
 }
 
+/// The public halves below `folder`, the newest last.
+pub(super) fn public(folder: &Path) -> Result<Vec<VerifyingKey>, AuditError> {
+    Files::below(folder).listed()
+}
+
 /// Where the keys are.
 #[derive(Debug)]
 struct Files {

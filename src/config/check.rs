@@ -13,8 +13,9 @@ use std::time::Duration;
 
 use tokio::net::TcpListener;
 
-use super::assembly::{ReadVariable, StartError};
-use super::{ConfigError, Resolved, audit_keys, folder, root_keys};
+use super::assembly::ReadVariable;
+use super::{ConfigError, Resolved, audit_keys, folder, root_keys, state};
+use crate::audit;
 use crate::clock::SharedClock;
 use crate::crypto::KeyRing;
 use crate::environment::{AwsSettings, Environment, StoreChoice};
@@ -147,12 +148,8 @@ fn is_there(path: &Path) -> bool {
 fn directory(path: &Path, findings: &mut Findings) {
     let found = match is_there(path) {
         true => folder::check_private(path).map(|()| format!("{} is private", path.display())),
-        false if path.parent().is_some_and(Path::is_dir) => {
-            Ok(format!("{} does not exist and will be made", path.display()))
-        }
         false => {
-            let problem = "does not exist, nor does the folder above it; make that first".to_owned();
-            Err(StartError::Folder { path: path.display().to_string(), problem })
+            folder::can_make_in(path).map(|()| format!("{} does not exist and will be made", path.display()))
         }
     };
     findings.note("kv.directory", found.map_err(|error| error.to_string()));
@@ -189,7 +186,7 @@ fn root_key(
         && !path.exists()
     {
         let said = format!("{} does not exist and will be made at the first start", path.display());
-        return Ok((None, said));
+        return folder::can_make_in(path).map(|()| (None, said)).map_err(|error| error.to_string());
     }
     let loaded = root_keys::load(&resolved.root_key, &resolved.previous_root_keys, fresh, variable, warnings)
         .map_err(|error| error.to_string())?;
@@ -207,7 +204,8 @@ fn audit_key(resolved: &Resolved) -> Result<String, String> {
 fn policies(resolved: &Resolved, clock: &SharedClock) -> Result<String, String> {
     let policies = Policies::load(resolved.policy.clone(), resolved.registry.clone(), Arc::clone(clock));
     let policies = policies.map_err(|error| error.to_string())?;
-    let warnings = policies.warnings();
+    let mut warnings = policies.warnings();
+    warnings.extend(folder::open_to_others(&resolved.policy));
     match warnings.is_empty() {
         true => Ok(format!("{} policies are valid", policies.len())),
         false => Ok(format!("{} policies are valid; {}", policies.len(), warnings.join("; "))),
@@ -305,13 +303,14 @@ fn socket(path: &Path) -> Result<String, String> {
             "{shown} is {length} bytes long, and a socket's path has {LONGEST_SOCKET} at most; choose a shorter one"
         ));
     }
-    match (std::fs::symlink_metadata(path), path.parent().is_some_and(Path::is_dir)) {
-        (Ok(found), _) if !found.file_type().is_socket() => {
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if !found.file_type().is_socket() => {
             Err(format!("{shown} exists and is not a socket; choose another path"))
         }
-        (Ok(_), _) => Ok(format!("{shown} is a socket; one that nobody answers at is replaced")),
-        (Err(_), true) => Ok(format!("{shown} will be made")),
-        (Err(_), false) => Err(format!("the folder of {shown} does not exist; make it first")),
+        Ok(_) => Ok(format!("{shown} is a socket; one that nobody answers at is replaced")),
+        Err(_) => folder::can_make_in(path)
+            .map(|()| format!("{shown} will be made"))
+            .map_err(|error| error.to_string()),
     }
 }
 
@@ -355,12 +354,36 @@ async fn sealed(
         Err(KvError::Locked { .. }) => return Ok(None),
         opened => opened.map_err(|error| error.to_string())?,
     };
-    let shared: Arc<dyn Kv> = Arc::new(kv.clone());
-    let opened = Sealed::open(shared, ring, Arc::clone(clock)).await.map_err(|error| error.to_string());
-    let closed = kv.close().await.map_err(|error| error.to_string());
-    let changes = opened?.generation();
-    closed?;
-    Ok(Some(format!("opens with the root key, and has seen {changes} changes")))
+    let looked_at = database_and_log(resolved, Arc::new(kv.clone()), ring, clock).await;
+    kv.close().await.map_err(|error| error.to_string())?;
+    looked_at.map(Some)
+}
+
+/// Whether the database is under the key, and the audit log is what the database knows of it.
+async fn database_and_log(
+    resolved: &Resolved,
+    kv: Arc<dyn Kv>,
+    ring: Arc<KeyRing>,
+    clock: &SharedClock,
+) -> Result<String, String> {
+    let opened = Sealed::open(Arc::clone(&kv), Arc::clone(&ring), Arc::clone(clock)).await;
+    let changes = opened.map_err(|error| error.to_string())?.generation();
+    let place =
+        state::known_place(&kv, &ring, &resolved.instance).await.map_err(|error| error.to_string())?;
+    let (log, keys) =
+        (resolved.directory.join("audit"), audit_keys::public(&resolved.directory.join("keys")));
+    let keys = keys.map_err(|error| error.to_string())?;
+    let anchors: Vec<_> = place.into_iter().collect();
+    let verified = tokio::task::spawn_blocking(move || audit::verify(&log, &keys, &anchors)).await;
+    let report = verified.map_err(|error| error.to_string())?.map_err(|error| error.to_string())?;
+    match report.findings.first() {
+        None => {
+            Ok(format!("opens with the root key, has seen {changes} changes, and the audit log is whole"))
+        }
+        Some(finding) => Err(format!(
+            "the audit log is not whole: {finding}; restore it, or start once with --accept-loss, on record"
+        )),
+    }
 }
 
 async fn aws(

@@ -6,6 +6,7 @@ use jiff::Timestamp;
 
 use crate::broker::Broker;
 use crate::cache::Stats;
+use crate::crypto::KeyRing;
 use crate::secret::EnvironmentName;
 use crate::server::admin::Scrape;
 use crate::server::limits::RateLimits;
@@ -18,7 +19,7 @@ use crate::telemetry::{
 };
 
 /// Gathers the figures of a house and its certificates, and writes them down.
-pub(super) fn scrape(house: &House, tls: Vec<Arc<Tls>>, root_keys: usize) -> Scrape {
+pub(super) fn scrape(house: &House, tls: Vec<Arc<Tls>>, ring: Arc<KeyRing>) -> Scrape {
     let House { broker, rates, places, metrics, .. } = house.clone();
     let runtime = tokio::runtime::Handle::current();
     Arc::new(move || {
@@ -34,7 +35,7 @@ pub(super) fn scrape(house: &House, tls: Vec<Arc<Tls>>, root_keys: usize) -> Scr
                 generation: broker.policies().generation(),
                 policies: count(broker.policies().len()),
             },
-            root_keys: count(root_keys),
+            root_keys: count(ring.ids().len()),
             tasks: count(runtime.metrics().num_alive_tasks()),
             process: Process::read(),
         })

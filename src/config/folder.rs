@@ -5,7 +5,10 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::Path;
 
+use rustix::fs::{Access, StatVfsMountFlags, access, statvfs};
+
 use super::assembly::StartError;
+use crate::policy::PolicySource;
 
 /// Makes a folder that others can't enter, where it is missing, and refuses one that they can.
 pub(super) fn make_private(path: &Path) -> Result<(), StartError> {
@@ -22,6 +25,37 @@ pub(super) fn make_private(path: &Path) -> Result<(), StartError> {
 pub(super) fn check_private(path: &Path) -> Result<(), StartError> {
     let found = std::fs::symlink_metadata(path).map_err(|error| refused(path, error.to_string()))?;
     problem_of(&found).map_or(Ok(()), |problem| Err(refused(path, problem)))
+}
+
+/// Whether this user can make `path` in the folder that it is to be in.
+pub(super) fn can_make_in(path: &Path) -> Result<(), StartError> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    match access(folder, Access::WRITE_OK | Access::EXEC_OK) {
+        Ok(()) if folder.is_dir() => Ok(()),
+        Ok(()) => Err(refused(path, "can't be made: what it is to be in is not a folder")),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            Err(refused(path, "can't be made, because the folder above it is missing; make that first"))
+        }
+        Err(error) => Err(refused(path, format!("can't be made in {}: {error}", folder.display()))),
+    }
+}
+
+/// A line to warn of where others may write policies: whoever can, may give themselves everything.
+pub(super) fn open_to_others(source: &PolicySource) -> Option<String> {
+    let PolicySource::Directory(folder) = source else { return None };
+    // What an orchestrator mounts read-only may have any mode.
+    if statvfs(folder).is_ok_and(|found| found.f_flag.contains(StatVfsMountFlags::RDONLY)) {
+        return None;
+    }
+    let files = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    let open = [folder.clone()]
+        .into_iter()
+        .chain(files)
+        .find(|path| std::fs::metadata(path).is_ok_and(|found| found.mode() & 0o022 != 0))?;
+    Some(format!(
+        "{}: group or others may write it, and so give themselves whatever they like; run `chmod go-w` on it",
+        open.display()
+    ))
 }
 
 fn problem_of(found: &Metadata) -> Option<String> {

@@ -106,7 +106,7 @@ fn limits(listen: &raw::Listen, problems: &mut Problems) -> Limits {
             Some(_) => problems.say(ConfigError::new(key, "must be 1 to 65536")),
         }
     }
-    let drain = listen.drain.as_deref().and_then(|text| problems.keep(duration("listen.drain", text)));
+    let drain = listen.drain.as_deref().and_then(|text| problems.keep(drain(text)));
     if let Some(drain) = drain {
         limits.drain = drain;
     }
@@ -127,6 +127,16 @@ fn rate(key: &str, text: &str) -> Result<Rate, ConfigError> {
 
 fn duration(key: &str, text: &str) -> Result<Duration, ConfigError> {
     parse_duration(text).map_err(|error| ConfigError::new(key, error.to_string()))
+}
+
+/// Bounded, so that a broker that was told to end does so before its supervisor loses patience.
+fn drain(text: &str) -> Result<Duration, ConfigError> {
+    match duration("listen.drain", text)? {
+        longer if longer > Duration::from_secs(600) => {
+            Err(ConfigError::new("listen.drain", "must be at most 10m"))
+        }
+        drain => Ok(drain),
+    }
 }
 
 fn address(key: &str, text: &str) -> Result<SocketAddr, ConfigError> {

@@ -77,6 +77,19 @@ async fn stored(kv: &dyn Kv) -> Result<Entry, StateError> {
     kv.get(KEY).await?.ok_or(StateError::Key(CryptoError::Malformed))
 }
 
+/// What is known of the audit log's place, where anything is; makes nothing.
+pub(super) async fn known_place(
+    kv: &Arc<dyn Kv>,
+    keys: &KeyRing,
+    instance: &str,
+) -> Result<Option<Anchor>, StateError> {
+    if kv.get(KEY).await?.is_none() {
+        return Ok(None);
+    }
+    let key = self::key(kv.as_ref(), keys).await?;
+    AuditPlace::new(Arc::clone(kv), key, instance).read().await
+}
+
 /// Where the audit log of one instance was last signed.
 pub(super) struct AuditPlace {
     kv: Arc<dyn Kv>,

@@ -207,3 +207,38 @@ fn online_asks_the_stores_and_leaves_those_of_a_running_broker_alone() {
     assert_eq!(away.status.code(), Some(1));
     assert!(said(&away).contains("error    environments.staging: "), "{}", said(&away));
 }
+
+#[test]
+fn policies_that_others_may_write_are_warned_of() {
+    let folder = tempfile::tempdir().unwrap();
+    let (config, policies) = Served::configure(folder.path(), "", "");
+    let everyone = std::fs::Permissions::from_mode(0o666);
+    std::fs::set_permissions(policies.join("ci.cedar"), everyone).unwrap();
+    let output = check(&config, &[]);
+    assert!(output.status.success(), "{}", said(&output));
+    let warned = said(&output).contains("ci.cedar: group or others may write it");
+    assert!(warned, "{}", said(&output));
+}
+
+#[test]
+fn a_log_that_was_cut_is_found_online() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut served = Served::start(folder.path());
+    assert!(served.program.put("development", "x", b"v").status.success());
+    assert!(served.program.signal(rustix::process::Signal::TERM).success());
+    let config = folder.path().join("broker.toml");
+    let whole = check(&config, &["--online"]);
+    assert!(said(&whole).contains("the audit log is whole"), "{}", said(&whole));
+    let chain = folder.path().join("data/audit/broker");
+    let segment = std::fs::read_dir(chain)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .find(|path| path.extension().is_some_and(|extension| extension == "jsonl"))
+        .unwrap();
+    let text = std::fs::read_to_string(&segment).unwrap();
+    let lines: Vec<_> = text.lines().collect();
+    std::fs::write(&segment, lines[..lines.len() - 2].join("\n") + "\n").unwrap();
+    let cut = check(&config, &["--online"]);
+    assert_eq!(cut.status.code(), Some(1), "{}", said(&cut));
+    assert!(said(&cut).contains("the audit log is not whole"), "{}", said(&cut));
+}
