@@ -1,10 +1,12 @@
-//! `claviger policy`: policies as files (`check`, `test`), and as the broker or files decide (`explain`).
+//! `claviger policy`: policies as files (`check`, `test`), as the broker or files decide (`explain`), and as the broker
+//! reads them anew (`reload`).
 //!
 //! ```text
 //! check    {"policies","warnings":[…],"passed","failed","cases":[{"name","passed","expected","found","policies"}]}
 //! test     the same
 //! explain  {"effect":"allow"|"deny"|"approval_required","approvals","principal","action","resource",
 //!           "policies":[{"id","file","effect":"permit"|"forbid","satisfied","decided","error"}]}
+//! reload   {"generation","policies","warnings":[…]}
 //! ```
 //!
 //! Files alone don't say which environments a broker declares. Offline they are those that the shipped expectations
@@ -42,6 +44,8 @@ pub(super) enum Command {
     Test(FilesArgs),
     /// Show why someone may do something, or may not
     Explain(ExplainArgs),
+    /// Have the broker read its policy files again; a set that is not valid changes nothing
+    Reload,
 }
 
 /// What `policy check` and `policy test` take.
@@ -95,6 +99,7 @@ pub(super) async fn run(command: Command, context: &Context) -> Result<Exit, Cli
         Command::Check(args) => check(args, context),
         Command::Test(args) => test(args, context),
         Command::Explain(args) => explain(args, context).await,
+        Command::Reload => reload(context).await,
     }
 }
 
@@ -160,8 +165,7 @@ impl Checked {
     /// The failed cases, or all of them.
     fn text(&self, every_case: bool) -> String {
         let Self { policies, passed, failed, .. } = self;
-        let mut lines: Vec<String> =
-            self.warnings.iter().map(|warning| format!("warning: {}", printable(warning))).collect();
+        let mut lines = warning_lines(&self.warnings);
         lines.extend(self.cases.iter().filter(|case| every_case || !case.passed).map(Case::line));
         lines.push(format!("policies valid: {policies}; expected decisions: {passed} hold, {failed} fail"));
         lines.join("\n")
@@ -184,6 +188,11 @@ impl Case {
             ),
         }
     }
+}
+
+/// A line for each.
+fn warning_lines(warnings: &[String]) -> Vec<String> {
+    warnings.iter().map(|warning| format!("warning: {}", printable(warning))).collect()
 }
 
 fn load(source: PolicySource, declared: Vec<Environment>, context: &Context) -> Result<Policies, CliError> {
@@ -385,6 +394,36 @@ impl Policy {
     }
 }
 
+async fn reload(context: &Context) -> Result<Exit, CliError> {
+    let mut client = connect(context).await?.policies();
+    let answer = client.reload(v1::ReloadRequest {}).await.map_err(ClientError::from)?;
+    let reloaded = Reloaded::from(answer.into_inner());
+    context.output.answer(&reloaded, || reloaded.text())?;
+    Ok(Exit::DONE)
+}
+
+#[derive(Serialize)]
+struct Reloaded {
+    generation: u64,
+    policies: i32,
+    warnings: Vec<String>,
+}
+
+impl From<v1::ReloadResponse> for Reloaded {
+    fn from(answer: v1::ReloadResponse) -> Self {
+        let v1::ReloadResponse { generation, policies, warnings } = answer;
+        Self { generation, policies, warnings }
+    }
+}
+
+impl Reloaded {
+    fn text(&self) -> String {
+        let mut lines = warning_lines(&self.warnings);
+        lines.push(format!("policies in force: {}; generation {}", self.policies, self.generation));
+        lines.join("\n")
+    }
+}
+
 /// `NAME` or `NAME:protected`.
 fn parse_declared(text: &str) -> Result<Environment, String> {
     let (name, protected) = match text.split_once(':') {
@@ -477,6 +516,19 @@ mod tests {
         let text = refusal(&["policy", "explain", "raed", "db"]).render().to_string();
         assert!(text.contains("`read`"), "{text}");
         assert_eq!(refusal(&["policy", "explain", "read", "--policies", "x"]).exit_code(), 2);
+    }
+
+    #[test]
+    fn what_was_read_again_is_shown_with_its_warnings() {
+        let warnings = vec!["one\nthing".to_owned(), "another".to_owned()];
+        let reloaded = Reloaded::from(v1::ReloadResponse { generation: 3, policies: 12, warnings });
+        assert_eq!(
+            reloaded.text(),
+            "warning: one\\nthing\nwarning: another\npolicies in force: 12; generation 3"
+        );
+        let json = serde_json::to_value(&reloaded).unwrap();
+        assert_eq!((&json["generation"], &json["policies"]), (&3.into(), &12.into()));
+        assert_eq!(json["warnings"][1], "another");
     }
 
     #[test]

@@ -54,18 +54,26 @@ pub(super) struct CreateArgs {
 /// Whom a token, or a question, is about.
 #[derive(clap::Args)]
 pub(super) struct SubjectArgs {
-    /// Person that it stands for
-    #[arg(long, value_name = "ID", conflicts_with = "workload", required_unless_present = "workload")]
-    user: Option<String>,
-    /// Program that it stands for
-    #[arg(long, value_name = "ID")]
-    workload: Option<String>,
+    #[command(flatten)]
+    stands_for: StandsForArgs,
     /// Group of theirs; may be repeated
     #[arg(long = "group", value_name = "GROUP")]
     groups: Vec<String>,
     /// Claim of theirs; may be repeated
     #[arg(long = "claim", value_name = "KEY=VALUE", value_parser = parse_claim)]
     claims: Vec<(String, String)>,
+}
+
+/// A person or a program: exactly one.
+#[derive(clap::Args)]
+#[group(required = true, multiple = false)]
+struct StandsForArgs {
+    /// Person that it stands for
+    #[arg(long, value_name = "ID")]
+    user: Option<String>,
+    /// Program that it stands for
+    #[arg(long, value_name = "ID")]
+    workload: Option<String>,
 }
 
 /// What `token revoke` takes.
@@ -166,7 +174,7 @@ fn public_id(given: &str) -> Result<&str, CliError> {
 impl SubjectArgs {
     /// The subject on the wire; a claim that stands twice is refused.
     fn into_subject(self) -> Result<v1::Subject, CliError> {
-        let (kind, id) = match (self.user, self.workload) {
+        let (kind, id) = match (self.stands_for.user, self.stands_for.workload) {
             (Some(id), _) => (v1::PrincipalKind::User, id),
             (None, id) => (v1::PrincipalKind::Workload, id.unwrap_or_default()),
         };
@@ -377,6 +385,8 @@ mod tests {
         ] {
             assert_eq!(refusal(arguments).exit_code(), 2, "{arguments:?}");
         }
+        let nobody = refusal(&["token", "create", "--expires", "1d"]).render().to_string();
+        assert!(nobody.contains("--user <ID>|--workload <ID>"), "{nobody}");
     }
 
     #[test]

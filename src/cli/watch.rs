@@ -8,10 +8,12 @@
 //! lines for people end up in scroll-back buffers.
 //!
 //! It ends with an error when the broker ends the watch; `--after` with the last revision goes on where it stopped.
+//! `--timeout` is for its start alone: until the first thing is told, which is at once.
 
 use data_encoding::BASE64;
 use jiff::Timestamp;
 use serde::Serialize;
+use tonic::Streaming;
 use zeroize::Zeroizing;
 
 use super::connect::connect;
@@ -22,8 +24,11 @@ use crate::error::Reason;
 use crate::proto::v1::{self, watch_secrets_response};
 use crate::secret::{MAX_VALUE_BYTES, SecretName, SecretValue};
 
+const LASTS: &str = "A watch lasts until you or the broker end it; --timeout bounds its start alone.";
+
 /// What `watch` takes.
 #[derive(clap::Args)]
+#[command(after_help = LASTS)]
 pub(super) struct Args {
     /// Secrets to watch; without any, all that you may read
     #[arg(value_name = "NAME", conflicts_with = "prefix")]
@@ -56,10 +61,10 @@ pub(super) async fn run(args: Args, context: &Context) -> Result<Exit, CliError>
         with_values: args.values,
         reason: context.reason(),
     };
-    let mut client = connect(context).await?.secrets_without_deadline();
-    let mut told = client.watch_secrets(request).await.map_err(ClientError::from)?.into_inner();
-    while let Some(next) = told.message().await.map_err(ClientError::from)? {
-        show(next, context.output)?;
+    let (mut next, mut told) = start(request, context).await?;
+    while let Some(message) = next {
+        show(message, args.values, context.output)?;
+        next = told.message().await.map_err(ClientError::from)?;
     }
     Err(CliError::new(
         Reason::Unavailable,
@@ -67,21 +72,38 @@ pub(super) async fn run(args: Args, context: &Context) -> Result<Exit, CliError>
     ))
 }
 
-fn show(told: v1::WatchSecretsResponse, output: Output) -> Result<(), CliError> {
+/// The first thing that is told, within `--timeout`, and all that follows, whenever it does.
+async fn start(
+    request: v1::WatchSecretsRequest,
+    context: &Context,
+) -> Result<(Option<v1::WatchSecretsResponse>, Streaming<v1::WatchSecretsResponse>), CliError> {
+    let longest = context.global.timeout;
+    let started = async {
+        let mut client = connect(context).await?.secrets_without_deadline();
+        let mut told = client.watch_secrets(request).await.map_err(ClientError::from)?.into_inner();
+        let first = told.message().await.map_err(ClientError::from)?;
+        Ok::<_, CliError>((first, told))
+    };
+    tokio::time::timeout(longest, started).await.unwrap_or_else(|_| {
+        let message = format!("the watch did not start within {longest:?}; raise --timeout");
+        Err(CliError::new(Reason::DeadlineExceeded, message))
+    })
+}
+
+fn show(told: v1::WatchSecretsResponse, with_values: bool, output: Output) -> Result<(), CliError> {
     let mut line = Line { revision: told.revision, ..Line::default() };
     let event = told.event.ok_or_else(|| ClientError::malformed("says that nothing happened"))?;
     let value = line.tell(event)?;
     if !output.is_json() {
         return output.text(&line.text());
     }
-    let Some(value) = value else { return output.json(&line) };
-    let base64 = value.expose_text().is_none().then(|| Zeroizing::new(BASE64.encode(value.expose())));
-    let shape = WithValue {
-        line: &line,
-        content_type: Some(value.content_type().as_str()),
-        value: value.expose_text(),
-        value_base64: base64.as_ref().map(|text| text.as_str()),
-    };
+    if !with_values {
+        return output.json(&line);
+    }
+    let binary = value.as_ref().filter(|value| value.expose_text().is_none());
+    let base64 = binary.map(|value| Zeroizing::new(BASE64.encode(value.expose())));
+    let base64 = base64.as_ref().map(|text| text.as_str());
+    let shape = WithValue::new(&line, value.as_ref(), base64);
     // A value that is escaped throughout is six times as long.
     output.secret_json(&shape, 6 * MAX_VALUE_BYTES + 4_096)
 }
@@ -110,6 +132,17 @@ struct WithValue<'a> {
     content_type: Option<&'static str>,
     value: Option<&'a str>,
     value_base64: Option<&'a str>,
+}
+
+impl<'a> WithValue<'a> {
+    fn new(line: &'a Line, value: Option<&'a SecretValue>, value_base64: Option<&'a str>) -> Self {
+        Self {
+            line,
+            content_type: value.map(|value| value.content_type().as_str()),
+            value: value.and_then(SecretValue::expose_text),
+            value_base64,
+        }
+    }
 }
 
 impl Line {
@@ -227,15 +260,43 @@ mod tests {
     }
 
     #[test]
-    fn json_has_every_member_and_a_value_only_where_there_is_one() {
+    fn json_has_every_member_and_those_of_the_value_where_values_are_asked_for() {
         let without = serde_json::to_value(line(Event::Progress(v1::WatchProgress {})).0).unwrap();
         assert_eq!((&without["event"], &without["revision"]), (&"progress".into(), &41.into()));
         assert!(without["name"].is_null() && without.get("value").is_none());
-        let (told, _) = line(changed(None, 0));
-        let with =
-            WithValue { line: &told, content_type: Some("text"), value: Some("v"), value_base64: None };
-        let with = serde_json::to_value(with).unwrap();
-        assert_eq!((&with["name"], &with["value"]), (&"database".into(), &"v".into()));
+        let payload = v1::SecretPayload { data: "s3cret".into(), content_type: v1::ContentType::Text.into() };
+        let (told, value) = line(changed(Some(payload), 0));
+        let with = serde_json::to_value(WithValue::new(&told, value.as_ref(), None)).unwrap();
+        assert_eq!((&with["name"], &with["value"]), (&"database".into(), &"s3cret".into()));
+        assert_eq!(with["content_type"], "text");
+        let members = |json: &serde_json::Value| {
+            json.as_object().unwrap().keys().cloned().collect::<std::collections::BTreeSet<_>>()
+        };
+        for event in [Event::Started(v1::WatchStarted { secrets: 2 }), Event::Progress(v1::WatchProgress {})]
+        {
+            let (told, value) = line(event);
+            let empty = serde_json::to_value(WithValue::new(&told, value.as_ref(), None)).unwrap();
+            assert_eq!(members(&empty), members(&with), "{empty}");
+            for member in ["content_type", "value", "value_base64"] {
+                assert!(empty[member].is_null(), "{member}: {empty}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_watch_that_does_not_start_in_time_ends() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("silent.sock");
+        // The kernel takes the connection; nobody ever answers on it.
+        let _silent = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let address = format!("unix://{}", path.display());
+        let args =
+            Args { names: Vec::new(), prefix: None, consumer: "me".to_owned(), after: 0, values: false };
+        let context = context(&["-e", "production", "-a", &address, "--timeout", "50ms"], &[]);
+        let ended = tokio::time::timeout(std::time::Duration::from_secs(60), run(args, &context)).await;
+        let error = ended.expect("hung").unwrap_err();
+        assert_eq!(error.reason, Some(Reason::DeadlineExceeded), "{}", error.message);
+        assert!(error.message.contains("did not start within 50ms"), "{}", error.message);
     }
 
     #[tokio::test]

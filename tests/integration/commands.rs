@@ -318,6 +318,34 @@ async fn b22_a_policy_broken_on_reload_leaves_the_last_good_set_in_force() {
 }
 
 #[test]
+fn policies_are_reloaded_on_demand_and_a_broken_set_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let (config, socket, policies) = configuration(folder.path(), "http://127.0.0.1:9");
+    let program = Program::serve(&config, &socket, CREDENTIALS);
+    assert!(program.put("development", "x", b"v").status.success());
+    fs::write(policies.join("zz.cedar"), "@id(\"zz\") permit (principal, acti").unwrap();
+    let refused = program.fails(1, ["policy", "reload"]);
+    assert!(refused.contains("zz.cedar") && refused.contains("[INVALID_POLICY]"), "{refused}");
+    assert_eq!(program.ok(["get", "-e", "development", "x"]), "v", "the last good set is in force");
+
+    let forbid = "@id(\"zz\") forbid (principal == User::\"tester\", action == Action::\"read\", resource);";
+    fs::write(policies.join("zz.cedar"), forbid).unwrap();
+    // The broker sees by itself that the folder changed; whichever comes first, the answer is about the mended set.
+    let reloaded = program.ok(["policy", "reload", "--output", "json"]);
+    let reloaded: serde_json::Value = serde_json::from_str(&reloaded).unwrap();
+    assert!(reloaded["generation"].as_u64().unwrap() >= 2, "{reloaded}");
+    assert!(reloaded["policies"].as_u64().unwrap() > 1 && reloaded["warnings"].is_array(), "{reloaded}");
+    program.fails(3, ["get", "-e", "development", "x"]);
+    let shown = program.ok(["policy", "reload"]);
+    assert!(shown.contains(&format!("policies in force: {}; generation ", reloaded["policies"])), "{shown}");
+
+    let token = program.ok(["token", "create", "--user", "eve", "--expires", "1h"]);
+    let mut stranger = program.command(["policy", "reload"]);
+    let denied = stranger.env("CLAVIGER_TOKEN", token.trim()).output().unwrap();
+    assert_eq!(denied.status.code(), Some(3), "{}", text(&denied.stderr));
+}
+
+#[test]
 fn a_broker_that_can_not_start_says_why() {
     let folder = tempfile::tempdir().unwrap();
     let (config, _, policies) = configuration(folder.path(), "http://127.0.0.1:9");

@@ -30,6 +30,7 @@ use tonic::Code;
 use tonic::transport::{Channel, Endpoint};
 use tonic_types::StatusExt as _;
 
+use crate::floods::{heard, mute_watch, until_closed};
 use crate::support::assembled::{administrator, clock, id, put, records, resolved, start};
 use crate::support::moto::Moto;
 use crate::support::program::{Program, Served};
@@ -841,6 +842,73 @@ async fn b28_ten_thousand_watches_over_forty_connections_leave_no_descriptor() {
                 return;
             }
         }
+    })
+    .await;
+}
+
+/// What a gauge of the HTTP door shows.
+async fn gauge(served: &Served, name: &str) -> f64 {
+    let (_, shown) = served.http("/metrics").await;
+    let value = shown.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    value.expect("it is shown").trim().parse().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn b28_ten_thousand_connections_with_a_watch_each_leave_no_descriptor_and_no_task() {
+    const WAVES: usize = 40;
+    const WAVE: usize = 250;
+    // Less than one of each wave.
+    const ROOM: usize = 16;
+    let folder = tempfile::tempdir().unwrap();
+    let bounds = "connections = 4096\nconnections_per_caller = 4096\nwatches_per_caller = 4096";
+    let served = Served::with(folder.path(), bounds, "");
+    assert!(served.program.put("development", "database", b"v").status.success());
+    let asked = v1::WatchSecretsRequest { with_values: false, ..request(&["database"]) };
+    let wave = |size: usize| {
+        let mut open: Vec<_> = (0..size).map(|_| mute_watch(&served.program.socket, &asked)).collect();
+        open.iter_mut().for_each(heard);
+        open
+    };
+    // The first watch starts what all share.
+    drop(wave(1));
+    soon(async { while gauge(&served, "claviger_watches_open").await > 0.0 {} }).await;
+    let files = open_files(&served.program) + ROOM;
+    let tasks = gauge(&served, "claviger_tasks").await + ROOM as f64;
+    for _ in 0..WAVES {
+        let open = wave(WAVE);
+        assert!(open_files(&served.program) >= WAVE);
+        drop(open);
+        // So that no wave meets the bounds of those before it.
+        soon(async { while gauge(&served, "claviger_watches_open").await > 0.0 {} }).await;
+    }
+    soon(async {
+        while open_files(&served.program) > files || gauge(&served, "claviger_tasks").await > tasks {}
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn b28_a_peer_that_answers_no_ping_is_freed() {
+    // Three times what it takes: twenty seconds until the ping, and ten for its answer.
+    const FREED: Duration = Duration::from_secs(90);
+    let folder = tempfile::tempdir().unwrap();
+    let served = Served::start(folder.path());
+    assert!(served.program.put("development", "database", b"v").status.success());
+    let watch = || {
+        let mut connection = mute_watch(&served.program.socket, &request(&["database"]));
+        heard(&mut connection);
+        connection
+    };
+    // The first watch starts what all share.
+    drop(watch());
+    soon(async { while gauge(&served, "claviger_watches_open").await > 0.0 {} }).await;
+    let before = open_files(&served.program);
+    let silent = watch();
+    assert!(gauge(&served, "claviger_watches_open").await > 0.0);
+    let closed = tokio::task::spawn_blocking(|| until_closed(silent));
+    tokio::time::timeout(FREED, closed).await.expect("it is closed").unwrap();
+    soon(async {
+        while open_files(&served.program) > before || gauge(&served, "claviger_watches_open").await > 0.0 {}
     })
     .await;
 }
