@@ -78,6 +78,14 @@ reasons! {
     StoreThrottled = "STORE_THROTTLED",
     /// The store refuses the broker's own credentials.
     StoreDenied = "STORE_DENIED",
+    /// No rotation is set for this secret.
+    RotationNotFound = "ROTATION_NOT_FOUND",
+    /// A rotation needs a person.
+    RotationBlocked = "ROTATION_BLOCKED",
+    /// A rotation is not over: it is tried again later.
+    RotationUnfinished = "ROTATION_UNFINISHED",
+    /// A rotation can't begin yet: the last one is too fresh.
+    RotationTooSoon = "ROTATION_TOO_SOON",
     /// The audit log can't be written: nothing is served.
     AuditUnavailable = "AUDIT_UNAVAILABLE",
     /// The audit log fails verification.

@@ -8,7 +8,7 @@
 //!                         └──────────── broker: read this first ────────────┘
 //!
 //! rotation  schedule ─▶ lease ─▶ the rotator's four steps ─▶ labels moved by compare-and-swap ─▶ watchers ─▶ audit
-//!           (not in this version; it will be one more principal that calls the broker)
+//!           rotation     ledger    rotators, target           broker: one more principal that calls it
 //! ```
 //!
 //! A module may use only modules above it in this list; `tests/layering.rs` fails on an arrow against the order.
@@ -26,6 +26,7 @@ pub mod audit; //       what happened: chained log, checkpoints, verify, query
 pub mod store; //       where versions live: Store; sealed (over kv), aws; Guarded takes grants
 pub mod cache; //       a Store around a Store
 pub mod broker; //      read this first: grant, cached store, audit, value; watches; every front door calls it
+pub mod rotation; //    schedule, engine (the state machine), rotators: one file each
 pub mod proto; //       generated from proto/claviger/v1, checked in
 pub mod client; //      what a Rust program uses: typed calls, a local cache, a watch
 pub mod inject; //      manifest, variables, the child's environment, exec

@@ -21,6 +21,9 @@ use super::{AuditError, Kind, Record};
 /// by construction: see [`bound`].
 pub(super) const MAX_LINE: usize = 1 << 20;
 
+/// What a line has around its fields in bytes, at most: hash, sequence, previous hash, time and instance.
+pub(super) const FRAME: usize = 320;
+
 const MAX_TEXT: usize = 1_024;
 const MAX_REASON: usize = 512;
 const MAX_ITEMS: usize = 64;

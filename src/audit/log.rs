@@ -13,6 +13,7 @@ use super::chain::Fields;
 use super::checkpoint::{SigningKey, VerifyingKey};
 use super::figures::Figures;
 use super::queue::{Queue, Work};
+use super::reserve::{Hold, Reservation};
 use super::segment::unavailable;
 use super::writer::Writer;
 use super::{Anchor, AuditError, Record};
@@ -113,7 +114,7 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    fn new(path: &Path, settings: &Settings, key: VerifyingKey, clock: SharedClock) -> Self {
+    pub(super) fn new(path: &Path, settings: &Settings, key: VerifyingKey, clock: SharedClock) -> Self {
         let signers = settings.former_keys.iter().filter(|former| **former != key).chain([&key]);
         Self {
             signers: Mutex::new(signers.map(|key| (*key, None)).collect()),
@@ -170,7 +171,7 @@ impl Log {
     /// it does; [`AuditError::Closed`]; [`AuditError::Record`] where its kind is one of the log's own.
     pub async fn append(&self, record: Record, durability: Durability) -> Result<u64, AuditError> {
         let first = Fields::of_record(record)?;
-        self.submit(Work::Records { first, more: Vec::new(), durability }).await
+        self.submit(Work::Records { first, more: Vec::new(), durability, claim: None }).await
     }
 
     /// Appends records that stand next to each other, all or none. No record is no error.
@@ -181,7 +182,42 @@ impl Log {
         let mut fields = records.into_iter().map(Fields::of_record);
         let Some(first) = fields.next().transpose()? else { return Ok(()) };
         let more = fields.collect::<Result<_, _>>()?;
-        self.submit(Work::Records { first, more, durability }).await.map(|_| ())
+        self.submit(Work::Records { first, more, durability, claim: None }).await.map(|_| ())
+    }
+
+    /// Sets `bytes` of the disk aside: as long as the reservation is held, records that are appended
+    /// [within](Self::append_within) it can be written, up to so many bytes, though the disk is full for everyone else;
+    /// other records are refused before they take any of it. Each record takes its line and room for a checkpoint, at
+    /// most [`RECORD_ROOM`](super::RECORD_ROOM) where its fields are short. Nothing is written; a crash gives it back.
+    ///
+    /// It is as good as what the file system promises by `fallocate`: not against a disk that fails, a volume that is
+    /// thinly provisioned, or whoever deletes the log.
+    ///
+    /// # Errors
+    /// [`AuditError::Unavailable`] where there is not so much free space, at once and with nothing changed, or where the
+    /// disk does not answer; [`AuditError::Unusable`] where the file system can't set space aside;
+    /// [`AuditError::Closed`].
+    pub async fn reserve(&self, bytes: u64) -> Result<Reservation, AuditError> {
+        let hold = Arc::new(Hold::new(Arc::clone(&self.inner.shared), bytes));
+        self.submit(Work::Reserve(Arc::clone(&hold))).await?;
+        Ok(Reservation::new(hold))
+    }
+
+    /// Appends a record as [`append`](Self::append) does, in space that was set aside for it. One that finds no room in
+    /// the reservation any more is an ordinary one, which is written where the disk has space. What a refused record
+    /// would have taken is there for the next try.
+    ///
+    /// # Errors
+    /// As [`append`](Self::append); [`AuditError::Record`] where the reservation is one of another log.
+    pub async fn append_within(
+        &self,
+        reservation: &Reservation,
+        record: Record,
+        durability: Durability,
+    ) -> Result<u64, AuditError> {
+        let first = Fields::of_record(record)?;
+        let claim = reservation.claim(&self.inner.shared, &first)?;
+        self.submit(Work::Records { first, more: Vec::new(), durability, claim }).await
     }
 
     async fn submit(&self, work: Work) -> Result<u64, AuditError> {

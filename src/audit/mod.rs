@@ -21,6 +21,10 @@
 //! the stores' `generation`, and the place of the [last checkpoint](Log::last_checkpoint) comes back to the next start
 //! as [what is expected](Settings::expected) of the chain. Neither can go back in time alone without being noticed.
 //!
+//! A log that can't be written refuses, and whoever asked does nothing. What can't stop half way, because something else is
+//! changed between its records, takes a [`Reservation`] of the disk's space before it begins: its records are then written
+//! though the disk is full for everyone else.
+//!
 //! The signing key is [exchanged](Log::rotate_key) by a checkpoint that the former key and the next one both sign, so that
 //! [`verify`](verify()) follows the succession from any key of it.
 
@@ -33,6 +37,7 @@ mod log;
 mod query;
 mod queue;
 mod report;
+mod reserve;
 mod resume;
 mod segment;
 mod verify;
@@ -51,6 +56,7 @@ pub use handover::hands_over;
 pub use log::{Log, Settings};
 pub use query::{Query, query};
 pub use report::{Anchor, Finding, FindingKind, InstanceReport, Report};
+pub use reserve::Reservation;
 pub use verify::verify;
 
 /// What a record is about.
@@ -255,6 +261,9 @@ impl Reasoned for AuditError {
     }
 }
 
+/// How many bytes to [reserve](Log::reserve) for each record whose fields take no more than 3,000 bytes: its line, and the
+/// checkpoint that may follow it.
+pub const RECORD_ROOM: u64 = 4_096;
 /// How many records stand between two checkpoints at most.
 pub const CHECKPOINT_EVERY: u64 = 100;
 /// How long an unsigned record waits for a checkpoint at most, while records come.

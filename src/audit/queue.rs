@@ -17,8 +17,9 @@
 //! to err on.
 
 use std::mem;
+use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
@@ -27,6 +28,7 @@ use tokio::sync::oneshot;
 use super::chain::Fields;
 use super::checkpoint::SigningKey;
 use super::figures::{Counters, Figures};
+use super::reserve::{Claim, Hold};
 use super::{ANSWER_WITHIN, AuditError};
 use crate::clock::SharedClock;
 use crate::environment::Durability;
@@ -41,36 +43,59 @@ const USUAL_BATCH: usize = 4_096;
 const WATCH_EVERY: Duration = Duration::from_millis(250);
 
 /// The sequence of what was written last for a caller, or why there is no record.
-type Answer = Result<u64, AuditError>;
+pub(super) type Answer = Result<u64, AuditError>;
 /// How the writer ended.
 type Ending = Result<(), AuditError>;
 
 /// What one caller asks of the writer.
 #[derive(Debug)]
 pub(super) enum Work {
-    /// Records that are written together and acknowledged together.
-    Records { first: Fields, more: Vec<Fields>, durability: Durability },
+    /// Records that are written together and acknowledged together; with a claim, within a reservation.
+    Records { first: Fields, more: Vec<Fields>, durability: Durability, claim: Option<Claim> },
     /// The log is handed over to this key.
     Handover(Box<SigningKey>),
+    /// Space is to be set aside.
+    Reserve(Arc<Hold>),
 }
 
 impl Work {
     pub(super) fn fields(&self) -> impl Iterator<Item = &Fields> {
         let (first, more) = match self {
             Self::Records { first, more, .. } => (Some(first), more.as_slice()),
-            Self::Handover(_) => (None, <&[Fields]>::default()),
+            Self::Handover(_) | Self::Reserve(_) => (None, <&[Fields]>::default()),
         };
         first.into_iter().chain(more)
     }
 
     pub(super) fn is_durable(&self) -> bool {
-        !matches!(self, Self::Records { durability: Durability::Relaxed, .. })
+        !matches!(self, Self::Records { durability: Durability::Relaxed, .. } | Self::Reserve(_))
+    }
+
+    /// Whether it asks for space to be set aside, and for nothing else.
+    pub(super) const fn is_reserve(&self) -> bool {
+        matches!(self, Self::Reserve(_))
+    }
+
+    /// What was set aside for it.
+    pub(super) fn claim(&self) -> Option<&Claim> {
+        match self {
+            Self::Records { claim, .. } => claim.as_ref(),
+            Self::Handover(_) | Self::Reserve(_) => None,
+        }
+    }
+
+    /// What was set aside for it, taken out of it.
+    pub(super) fn take_claim(&mut self) -> Option<Claim> {
+        match self {
+            Self::Records { claim, .. } => claim.take(),
+            Self::Handover(_) | Self::Reserve(_) => None,
+        }
     }
 
     fn records(&self) -> usize {
         match self {
             Self::Records { more, .. } => 1 + more.len(),
-            Self::Handover(_) => 0,
+            Self::Handover(_) | Self::Reserve(_) => 0,
         }
     }
 
@@ -142,6 +167,8 @@ pub(super) struct Queue {
     state: Mutex<State>,
     arrived: Condvar,
     ended: Condvar,
+    /// How many bytes are set aside for reservations, as far as not written. Only the writer adds to it.
+    pub(super) owed: AtomicU64,
     pub(super) counters: Counters,
 }
 
@@ -159,6 +186,8 @@ struct State {
     closers: Vec<oneshot::Sender<Ending>>,
     /// Whether the writer sleeps and has not been woken yet.
     is_idle: bool,
+    /// Whether the writer is to wake up though there is no work.
+    is_poked: bool,
     /// Since when the writer has been busy, as far as its last sign of life tells.
     busy_since: Option<Duration>,
     /// How many looks of the watch have found the writer busy since then.
@@ -169,7 +198,7 @@ struct State {
 
 impl State {
     fn is_quiet(&self) -> bool {
-        self.works.is_empty() && self.phase == Phase::Open
+        self.works.is_empty() && !self.is_poked && self.phase == Phase::Open
     }
 
     const fn is_over(&self) -> bool {
@@ -191,14 +220,21 @@ impl State {
         self.hangs
     }
 
-    /// Everyone who waits, while what the writer did not take yet is forgotten.
-    fn let_go(&mut self) -> (Vec<Waiter>, Vec<oneshot::Sender<Ending>>) {
-        self.works.clear();
+    /// Everyone who waits, and what the writer did not take yet, which is forgotten.
+    fn let_go(&mut self) -> LetGo {
         (self.records, self.bytes, self.records_in_flight) = (0, 0, 0);
         let mut waiters = mem::take(&mut self.in_flight);
         waiters.append(&mut self.waiters);
-        (waiters, mem::take(&mut self.closers))
+        LetGo { waiters, closers: mem::take(&mut self.closers), works: mem::take(&mut self.works) }
     }
+}
+
+/// What nobody waits for any more. Not to be dropped under the lock: a reservation that goes with it
+/// [pokes](Queue::poke) the writer.
+struct LetGo {
+    waiters: Vec<Waiter>,
+    closers: Vec<oneshot::Sender<Ending>>,
+    works: Vec<Work>,
 }
 
 impl Queue {
@@ -213,6 +249,7 @@ impl Queue {
             records_in_flight: 0,
             closers: Vec::new(),
             is_idle: false,
+            is_poked: false,
             busy_since: None,
             looks: 0,
             hangs: false,
@@ -223,6 +260,7 @@ impl Queue {
             state: Mutex::new(state),
             arrived: Condvar::new(),
             ended: Condvar::new(),
+            owed: AtomicU64::new(0),
             counters: Counters::default(),
         }
     }
@@ -278,6 +316,7 @@ impl Queue {
             };
             state.is_idle = false;
         }
+        state.is_poked = false;
         state.lives(Some(self.clock.monotonic()));
         let State { works, waiters, in_flight, records, bytes, records_in_flight, .. } = &mut *state;
         mem::swap(works, batch);
@@ -289,12 +328,7 @@ impl Queue {
     /// Answers everyone whose work was taken last; whoever was let go meanwhile has an answer. `spare` is empty memory
     /// for waiters, before and after.
     pub(super) fn settle(&self, spare: &mut Vec<Waiter>, result: Result<Vec<u64>, AuditError>) {
-        let now = self.clock.monotonic();
-        let mut state = self.lock();
-        state.lives(Some(now));
-        state.records_in_flight = 0;
-        mem::swap(&mut state.in_flight, spare);
-        drop(state);
+        let now = self.land(spare);
         match result {
             Ok(sequences) => {
                 self.count_written(spare, now);
@@ -303,6 +337,29 @@ impl Queue {
             Err(error) => self.refuse(std::mem::take(spare), &error),
         }
         spare.shrink_to(USUAL_BATCH);
+    }
+
+    /// As [`settle`](Self::settle), where each has an answer of its own.
+    pub(super) fn settle_each(&self, spare: &mut Vec<Waiter>, answers: Vec<Answer>) {
+        let now = self.land(spare);
+        for (waiter, answer) in spare.iter().zip(&answers) {
+            match answer {
+                Ok(_) => self.count_written(std::slice::from_ref(waiter), now),
+                Err(_) => self.count_refused(waiter.records),
+            }
+        }
+        answer(spare.drain(..).zip(answers));
+        spare.shrink_to(USUAL_BATCH);
+    }
+
+    /// Puts those into `spare` whose work was taken last, and gives the time.
+    fn land(&self, spare: &mut Vec<Waiter>) -> Duration {
+        let now = self.clock.monotonic();
+        let mut state = self.lock();
+        state.lives(Some(now));
+        state.records_in_flight = 0;
+        mem::swap(&mut state.in_flight, spare);
+        now
     }
 
     /// Lets go of everyone who waits for a writer that hangs, again and again until it ends.
@@ -332,7 +389,9 @@ impl Queue {
         let hangs = state.look(self.clock.monotonic());
         let let_go = hangs.then(|| state.let_go());
         drop(state);
-        if let Some((waiters, closers)) = let_go {
+        if let Some(LetGo { waiters, closers, works }) = let_go {
+            // What was set aside for them is there again before they can ask for more.
+            drop(works);
             self.refuse(waiters, &self.hangs());
             closers.into_iter().for_each(|closer| drop(closer.send(Err(self.hangs()))));
         }
@@ -379,6 +438,13 @@ impl Queue {
         Some(closed)
     }
 
+    /// Wakes the writer, to look after what is due by itself.
+    pub(super) fn poke(&self) {
+        let mut state = self.lock();
+        state.is_poked = true;
+        self.wake(state);
+    }
+
     /// Tells the writer that no one can ask it for anything any more.
     pub(super) fn abandon(&self) {
         let mut state = self.lock();
@@ -402,11 +468,12 @@ impl Queue {
     /// Lets go of everyone who waits for a writer that is no more.
     pub(super) fn fail(&self) {
         let mut state = self.lock();
-        if state.phase != Phase::Closed {
+        let let_go = (state.phase != Phase::Closed).then(|| {
             state.phase = Phase::Failed;
-            drop(state.let_go());
-        }
+            state.let_go()
+        });
         drop(state);
+        drop(let_go);
         self.ended.notify_all();
     }
 
@@ -464,7 +531,8 @@ mod tests {
 
     fn group(detail: &str, more: usize) -> Work {
         let fields = Fields::of_record(Record { detail: detail.to_owned(), ..Record::default() }).unwrap();
-        Work::Records { first: fields.clone(), more: vec![fields; more], durability: Durability::Relaxed }
+        let durability = Durability::Relaxed;
+        Work::Records { first: fields.clone(), more: vec![fields; more], durability, claim: None }
     }
 
     fn queue() -> Queue {
@@ -600,6 +668,29 @@ mod tests {
         queue.take(&mut batch, Some(Duration::ZERO));
         assert!(batch.is_empty(), "what waited was let go");
         assert!(queue.push(group("", 0)).is_ok());
+    }
+
+    #[test]
+    fn each_can_have_an_answer_of_its_own() {
+        let queue = queue();
+        let waiters = [0, 2, 0].map(|more| queue.push(group("", more)).unwrap());
+        let mut batch = Vec::new();
+        queue.take(&mut batch, Some(Duration::ZERO));
+        let refused = queue.unavailable("full".to_owned());
+        queue.settle_each(&mut Vec::new(), vec![Ok(7), Err(refused), Ok(8)]);
+        let answers = waiters.map(|waiter| waiter.blocking_recv().unwrap());
+        assert!(matches!(answers, [Ok(7), Err(AuditError::Unavailable { .. }), Ok(8)]), "{answers:?}");
+        let figures = queue.figures();
+        assert_eq!((figures.records, figures.failed, figures.latency.count, figures.backlog), (2, 3, 2, 0));
+    }
+
+    #[test]
+    fn a_writer_that_is_poked_wakes_up_once() {
+        let queue = queue();
+        queue.poke();
+        assert_eq!(queue.take(&mut Vec::new(), None), Phase::Open, "without work");
+        assert_eq!(queue.take(&mut Vec::new(), Some(Duration::ZERO)), Phase::Open);
+        assert!(!queue.lock().is_poked);
     }
 
     #[test]

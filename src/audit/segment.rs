@@ -1,14 +1,17 @@
 //! Files: an instance's folder and its lock, the segment that is written to, and bounded reading.
 //!
 //! ```text
-//!              0                    synced              synced + unsynced
-//!   segment    ├────────────────────┼───────────────────┤
-//!              known to be on disk    written and acknowledged, kept in memory as well
+//!              0                    synced              synced + unsynced         room
+//!   segment    ├────────────────────┼───────────────────┼ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ┤
+//!              known to be on disk    written and           blocks without content, behind
+//!                                     acknowledged, kept    the file's end, while space is
+//!                                     in memory as well     set aside: see `reserve`
 //! ```
 //!
 //! INVARIANT: between two calls the file ends where `unsynced` ends, or the segment is `damaged`. After a failed sync
 //! the kernel may have dropped what it called written, so nothing behind `synced` is believed: the file is opened
-//! anew, cut back to `synced`, and what was acknowledged is written again from memory.
+//! anew, cut back to `synced`, and what was acknowledged is written again from memory. To cut a file takes away the blocks
+//! behind its end as well, whatever its length is to be.
 
 use std::fs::{self, DirBuilder, File, Metadata, OpenOptions, TryLockError};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
@@ -17,7 +20,9 @@ use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
 use ring::digest;
-use rustix::fs::OFlags;
+use rustix::fs::{FallocateFlags, OFlags};
+use rustix::io::{Errno, retry_on_intr};
+use rustix::process::{Resource, getrlimit};
 
 use super::AuditError;
 use super::chain::{ChainHash, Frame, Head, MAX_LINE};
@@ -25,6 +30,8 @@ use super::chain::{ChainHash, Frame, Head, MAX_LINE};
 const SUFFIX: &str = ".jsonl";
 const LOCK: &str = "lock";
 const READ_AT_ONCE: usize = 64 << 10;
+/// How many bytes more than needed are set aside at once.
+const STRIDE: u64 = 64 << 10;
 
 /// A line with its newline, and a byte more to tell that it is too long.
 const LINE_LIMIT: u64 = MAX_LINE as u64 + 2;
@@ -69,6 +76,15 @@ pub(super) fn list(folder: &Path) -> Result<Listing, AuditError> {
 
 pub(super) fn unavailable(path: &Path, cause: &io::Error) -> AuditError {
     AuditError::Unavailable { path: path.display().to_string(), cause: cause.to_string() }
+}
+
+/// Why no space was set aside.
+pub(super) fn not_set_aside(path: &Path, cause: &io::Error) -> AuditError {
+    if Errno::from_io_error(cause) != Some(Errno::OPNOTSUPP) {
+        return unavailable(path, cause);
+    }
+    let problem = "its file system can't set space aside, which a rotation needs; keep the audit log on one that can (ext4, XFS, Btrfs, tmpfs)";
+    AuditError::Unusable { path: path.display().to_string(), problem: problem.to_owned() }
 }
 
 pub(super) fn unreadable(path: &Path, cause: &io::Error) -> AuditError {
@@ -145,17 +161,25 @@ impl Folder {
     }
 
     /// The segment that begins with `first`, cut to `length` bytes and synced: what an earlier process wrote may
-    /// never have reached the disk.
+    /// never have reached the disk. What it had set aside behind the file's end is given back.
     pub(super) fn reopen(&self, first: u64, length: u64) -> Result<Segment, AuditError> {
         let path = self.path.join(file_name(first));
         let segment = writable().open(&path).and_then(|file| {
-            if file.metadata()?.len() != length {
-                file.set_len(length)?;
-            }
+            file.set_len(length)?;
             file.sync_all()?;
             Segment::new(path.clone(), file, length)
         });
         segment.map_err(|error| unavailable(&path, &error))
+    }
+
+    /// Takes back a segment that was [created](Self::create), or was about to be, and holds nothing.
+    pub(super) fn discard(&self, first: u64) -> io::Result<()> {
+        match fs::symlink_metadata(self.path.join(file_name(first))) {
+            Ok(found) if found.len() == 0 => self.remove(first),
+            Ok(_) => Err(io::ErrorKind::AlreadyExists.into()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => self.handle.sync_all(),
+            Err(error) => Err(error),
+        }
     }
 
     /// Removes a segment.
@@ -265,12 +289,14 @@ pub(super) struct Segment {
     synced: u64,
     unsynced: Vec<u8>,
     damaged: bool,
+    /// Up to where the file has blocks of its own, as far as they were set aside.
+    room: u64,
 }
 
 impl Segment {
     fn new(path: PathBuf, file: File, synced: u64) -> io::Result<Self> {
         let identity = Identity::of(&file.metadata()?);
-        Ok(Self { path, file, identity, synced, unsynced: Vec::new(), damaged: false })
+        Ok(Self { path, file, identity, synced, unsynced: Vec::new(), damaged: false, room: 0 })
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -315,8 +341,11 @@ impl Segment {
         if let Err(error) = self.file.write_all_at(bytes, end) {
             // No sync has failed, so what was written before is still whole.
             self.damaged = true;
-            if self.file.set_len(end).and_then(|()| self.file.sync_data()).is_ok() {
-                self.settle(end);
+            if let Ok(room) = cut(&self.file, end, self.room) {
+                self.room = room;
+                if self.file.sync_data().is_ok() {
+                    self.settle(end);
+                }
             }
             return Err(error);
         }
@@ -349,7 +378,7 @@ impl Segment {
         if Identity::of(&metadata) != self.identity || metadata.len() < self.synced {
             return Err(io::Error::other("the file is not the one that was written"));
         }
-        file.set_len(self.synced)?;
+        self.room = cut(&file, self.synced, self.room)?;
         file.write_all_at(&self.unsynced, self.synced)?;
         file.sync_data()?;
         self.file = file;
@@ -357,11 +386,70 @@ impl Segment {
         Ok(())
     }
 
+    /// Sees to it that the next `bytes` behind what was acknowledged have blocks that nobody else can take. The file does
+    /// not grow by it. On an error nothing of what was set aside before is lost.
+    pub(super) fn secure(&mut self, bytes: u64) -> io::Result<()> {
+        if self.len().saturating_add(bytes) <= self.room {
+            return Ok(());
+        }
+        // More than is asked for, where the disk has it: not every batch then asks for a little.
+        let ample = bytes.saturating_add(STRIDE);
+        let secured = self.set_aside(ample).or_else(|_| self.set_aside(bytes));
+        // A part of it may be there. Where something was set aside before, that part will come in useful.
+        if secured.is_err() && !self.is_roomy() {
+            let _ = self.trim();
+        }
+        secured
+    }
+
+    fn set_aside(&mut self, bytes: u64) -> io::Result<()> {
+        let end = self.len();
+        allocate(&self.file, end, bytes)?;
+        self.room = end.saturating_add(bytes);
+        Ok(())
+    }
+
+    /// Whether space is set aside behind the end.
+    pub(super) fn is_roomy(&self) -> bool {
+        self.room > self.len()
+    }
+
+    /// Gives back what is set aside behind the end.
+    pub(super) fn trim(&mut self) -> io::Result<()> {
+        self.room = 0;
+        // Where someone changed the file, its end is evidence; where it is damaged, it is cut when it is mended.
+        if self.damaged || self.problem()?.is_some() {
+            return Ok(());
+        }
+        self.file.set_len(self.len())
+    }
+
     fn settle(&mut self, length: u64) {
         self.synced = length;
         self.unsynced.clear();
         self.damaged = false;
     }
+}
+
+/// Cuts a file. What was set aside behind its end, up to `room`, goes with it and is set aside anew; gives how far that
+/// reaches.
+fn cut(file: &File, length: u64, room: u64) -> io::Result<u64> {
+    file.set_len(length)?;
+    let behind = room.saturating_sub(length);
+    Ok(if allocate(file, length, behind).is_ok() { room } else { 0 })
+}
+
+/// Gives a file blocks for `bytes` from `offset` on, without changing its length.
+fn allocate(file: &File, offset: u64, bytes: u64) -> io::Result<()> {
+    if bytes == 0 {
+        return Ok(());
+    }
+    // The kernel looks at this bound only when something is written.
+    let longest = getrlimit(Resource::Fsize).current.unwrap_or(u64::MAX);
+    if offset.saturating_add(bytes) > longest {
+        return Err(Errno::FBIG.into());
+    }
+    Ok(retry_on_intr(|| rustix::fs::fallocate(file, FallocateFlags::KEEP_SIZE, offset, bytes))?)
 }
 
 /// Opens a segment for reading: neither a link nor something that blocks.
@@ -451,7 +539,7 @@ impl LineReader {
 }
 
 /// A number of bytes in memory as one of bytes in a file.
-fn wide(count: usize) -> u64 {
+pub(super) fn wide(count: usize) -> u64 {
     u64::try_from(count).unwrap_or(u64::MAX)
 }
 
@@ -606,6 +694,97 @@ mod tests {
         segment.file = good;
         segment.mend().unwrap();
         assert_eq!(content(&segment), b"one\n");
+    }
+
+    fn allocated(segment: &Segment) -> u64 {
+        fs::metadata(segment.path()).unwrap().blocks() * 512
+    }
+
+    #[test]
+    fn what_is_set_aside_is_not_seen_and_goes_back() {
+        let (_directory, folder) = folder();
+        let mut segment = folder.create(1).unwrap();
+        segment.append(b"one\n", true).unwrap();
+        let before = allocated(&segment);
+        segment.secure(200_000).unwrap();
+        assert!(segment.is_roomy());
+        assert!(allocated(&segment) >= 200_000);
+        assert_eq!(segment.problem().unwrap(), None, "it did not grow");
+        segment.append(b"two\n", true).unwrap();
+        assert_eq!(content(&segment), b"one\ntwo\n");
+        let held = allocated(&segment);
+        segment.secure(200_000).unwrap();
+        assert_eq!(allocated(&segment), held, "there was more at hand");
+        segment.trim().unwrap();
+        assert!(!segment.is_roomy());
+        assert_eq!(allocated(&segment), before);
+        assert_eq!(content(&segment), b"one\ntwo\n");
+        segment.append(b"three\n", true).unwrap();
+        assert_eq!(content(&segment), b"one\ntwo\nthree\n");
+    }
+
+    #[test]
+    fn what_is_set_aside_stays_over_a_failure() {
+        let (_directory, folder) = folder();
+        let mut segment = folder.create(1).unwrap();
+        segment.append(b"one\n", false).unwrap();
+        segment.secure(200_000).unwrap();
+        fs::write(segment.path(), b"one\nfailed ba").unwrap();
+        segment.damaged = true;
+        segment.mend().unwrap();
+        assert_eq!(content(&segment), b"one\n");
+        assert!(segment.is_roomy() && allocated(&segment) >= 200_000);
+    }
+
+    #[test]
+    fn what_was_set_aside_before_a_crash_is_given_back() {
+        let (_directory, folder) = folder();
+        let mut segment = folder.create(1).unwrap();
+        segment.append(b"one\n", true).unwrap();
+        segment.secure(200_000).unwrap();
+        drop(segment);
+        let segment = folder.reopen(1, 4).unwrap();
+        assert!(!segment.is_roomy() && allocated(&segment) < 200_000);
+        assert_eq!(content(&segment), b"one\n");
+    }
+
+    #[test]
+    fn more_than_there_is_can_not_be_set_aside() {
+        let (_directory, folder) = folder();
+        let mut segment = folder.create(1).unwrap();
+        segment.append(b"one\n", true).unwrap();
+        let before = allocated(&segment);
+        for bytes in [u64::MAX, 1 << 62] {
+            assert!(segment.secure(bytes).is_err());
+            assert!(!segment.is_roomy());
+            assert_eq!(allocated(&segment), before);
+        }
+        segment.secure(1).unwrap();
+        assert!(segment.secure(u64::MAX).is_err());
+        assert!(segment.is_roomy(), "what was there stays");
+    }
+
+    #[test]
+    fn what_someone_wrote_behind_the_end_is_not_cut_off() {
+        let (_directory, folder) = folder();
+        let mut segment = folder.create(1).unwrap();
+        segment.append(b"one\n", true).unwrap();
+        segment.secure(1_000).unwrap();
+        fs::write(segment.path(), b"one\nmore\n").unwrap();
+        segment.trim().unwrap();
+        assert_eq!(content(&segment), b"one\nmore\n");
+    }
+
+    #[test]
+    fn only_an_empty_segment_is_taken_back() {
+        let (_directory, folder) = folder();
+        let mut segment = folder.create(1).unwrap();
+        folder.discard(2).unwrap();
+        segment.append(b"one\n", true).unwrap();
+        assert!(folder.discard(1).is_err());
+        folder.create(2).unwrap();
+        folder.discard(2).unwrap();
+        assert_eq!(list(folder.path()).unwrap().segments, [1]);
     }
 
     #[test]

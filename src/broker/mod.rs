@@ -20,6 +20,7 @@ pub mod consumers;
 pub mod keys;
 mod read;
 mod record;
+mod rotate;
 pub mod watch;
 mod write;
 
@@ -41,6 +42,7 @@ use crate::telemetry::metrics::Metrics;
 
 pub use administer::AuditView;
 pub use read::{BatchRequest, Disclosed, MAX_BATCH, Read};
+pub use rotate::{Held, Run};
 pub use write::RolledBack;
 
 /// The parts that a broker is made of.
@@ -158,7 +160,9 @@ impl Reasoned for BrokerError {
 }
 
 impl BrokerError {
-    fn rejected(reason: Reason, message: impl Into<String>) -> Self {
+    /// A request that the broker can't take: the stable reason, what is wrong, and the mend.
+    #[must_use]
+    pub fn rejected(reason: Reason, message: impl Into<String>) -> Self {
         Self::Rejected { reason, message: message.into() }
     }
 }
@@ -341,6 +345,7 @@ pub(crate) const fn outcome_of(reason: Reason) -> Outcome {
         | Reason::SecretNotFound
         | Reason::VersionNotFound
         | Reason::FieldNotFound
+        | Reason::RotationNotFound
         | Reason::TokenNotFound => Outcome::NotFound,
         _ => Outcome::Failed,
     }

@@ -54,6 +54,7 @@ pub(super) async fn run(args: Args, context: &Context) -> Result<Exit, CliError>
     let stopped = if args.command.is_empty() { Some(stop_on_signal(Hangup::Stops)?) } else { None };
     let running = Running::start(&resolved, &variables(context), Arc::clone(&context.clock)).await?;
     samples::seed(&running.broker).await?;
+    samples::seed_rotations(&running.rotations, &running.broker).await?;
     let mut doors = vec![Listen::Unix { path: place.socket.clone(), mode: 0o600 }.bind().await?];
     if let Some(address) = args.listen {
         doors.push(Listen::Tcp(address).bind().await?);

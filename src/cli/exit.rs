@@ -21,6 +21,7 @@ use crate::error::{Reason, Reasoned};
 /// | 7 | approval needed |
 /// | 125 | `exec`: claviger itself failed before the command ran |
 /// | 126, 127 | `exec`: the command can't be executed, was not found |
+/// | 130 | `rotate`: interrupted; what has begun goes on in the broker |
 /// | 141 | whoever read the output went away (as a shell shows SIGPIPE) |
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Exit(u8);
@@ -32,6 +33,8 @@ impl Exit {
     pub(crate) const FAULTS: Self = Self(1);
     /// A usage error.
     pub(crate) const USAGE: Self = Self(2);
+    /// Ctrl-C, as a shell shows SIGINT.
+    pub(crate) const INTERRUPTED: Self = Self(130);
     const BEFORE_COMMAND: Self = Self(125);
     const PIPE_CLOSED: Self = Self(141);
 
@@ -57,18 +60,21 @@ impl Exit {
             | Reason::SecretNotFound
             | Reason::VersionNotFound
             | Reason::TokenNotFound
+            | Reason::RotationNotFound
             | Reason::FieldNotFound
             | Reason::SecretDeleted => 4,
             Reason::StoreUnavailable
             | Reason::StoreThrottled
             | Reason::AuditUnavailable
+            | Reason::RotationUnfinished
             | Reason::DeadlineExceeded
             | Reason::RateLimited
             | Reason::SlowConsumer
             | Reason::Unavailable => 5,
-            Reason::Conflict | Reason::TokenReused => 6,
+            Reason::Conflict | Reason::TokenReused | Reason::RotationTooSoon => 6,
             Reason::ApprovalRequired => 7,
             Reason::NotAnObject
+            | Reason::RotationBlocked
             | Reason::StoreDenied
             | Reason::AuditBroken
             | Reason::Tampered

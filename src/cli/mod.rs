@@ -22,8 +22,12 @@ mod key;
 mod list;
 mod output;
 mod policy;
+mod progress;
 mod put;
 mod rollback;
+mod rotate;
+mod rotated;
+mod rotation;
 mod serve;
 mod token;
 mod usage;
@@ -135,6 +139,8 @@ async fn dispatch(command: Command, context: &Context) -> Result<Exit, CliError>
         Command::Audit(command) => audit::run(command, context).await,
         Command::Token(command) => token::run(command, context).await,
         Command::Key(command) => key::run(command, context).await,
+        Command::Rotate(args) => rotate::run(args, context).await,
+        Command::Rotation(command) => rotation::run(command, context).await,
         Command::Cache(command) => cache::run(command, context).await,
         Command::Watch(args) => watch::run(args, context).await,
         Command::Consumers(args) => consumers::run(args, context).await,
@@ -224,6 +230,11 @@ enum Command {
     /// Make, rotate and look at the broker's own keys
     #[command(subcommand)]
     Key(key::Command),
+    /// Rotate secrets now, or all that are due
+    Rotate(rotate::Args),
+    /// Set how and when a secret is rotated, and look how that goes
+    #[command(subcommand)]
+    Rotation(rotation::Command),
     /// Make the broker forget what it remembers of its stores
     #[command(subcommand)]
     Cache(cache::Command),

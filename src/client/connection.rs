@@ -37,6 +37,7 @@ use v1::audit_service_client::AuditServiceClient;
 use v1::cache_service_client::CacheServiceClient;
 use v1::key_service_client::KeyServiceClient;
 use v1::policy_service_client::PolicyServiceClient;
+use v1::rotation_service_client::RotationServiceClient;
 use v1::secret_service_client::SecretServiceClient;
 use v1::token_service_client::TokenServiceClient;
 
@@ -63,6 +64,8 @@ pub type Tokens = TokenServiceClient<Carrier>;
 pub type Keys = KeyServiceClient<Carrier>;
 /// The client of the service for the broker's caches.
 pub type Caches = CacheServiceClient<Carrier>;
+/// The client of the service for rotations.
+pub type Rotations = RotationServiceClient<Carrier>;
 
 /// A connection to one broker. Cheap to clone; connects again by itself when the broker was restarted.
 #[derive(Debug, Clone)]
@@ -176,6 +179,18 @@ impl Connection {
         CacheServiceClient::new(self.carrier())
     }
 
+    /// Rotations.
+    #[must_use]
+    pub fn rotations(&self) -> Rotations {
+        RotationServiceClient::new(self.carrier())
+    }
+
+    /// Rotations without a deadline: for `Rotate` and `RotateDue`, which take as long as the targets do.
+    #[must_use]
+    pub fn rotations_without_deadline(&self) -> Rotations {
+        self.with_deadline(None).rotations()
+    }
+
     fn carrier(&self) -> Carrier {
         InterceptedService::new(self.line.clone(), self.presenting.clone())
     }
@@ -272,6 +287,8 @@ fn changes(path: &str) -> bool {
             | "ListTokens"
             | "GetKeyStatus"
             | "GetCacheStatistics"
+            | "GetRotation"
+            | "ListRotations"
     )
 }
 
@@ -419,18 +436,25 @@ mod tests {
             .filter(|method| changes(&format!("/claviger.v1.Service/{method}")))
             .collect();
         let expected = [
+            "AbortRotation",
             "CreateToken",
             "DeleteSecret",
             "MoveLabel",
+            "PauseRotation",
             "PurgeCache",
             "PutSecret",
             "Reload",
+            "RemoveRotation",
             "ReportVersionInUse",
             "RestoreSecret",
+            "ResumeRotation",
             "RevokeToken",
             "RollbackSecret",
+            "Rotate",
             "RotateAuditKey",
+            "RotateDue",
             "RotateRootKey",
+            "SetRotation",
         ];
         assert_eq!(changing.into_iter().collect::<Vec<_>>(), expected);
         assert!(changes("/claviger.v2.SecretService/FromTheFuture"));

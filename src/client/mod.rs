@@ -70,7 +70,7 @@ pub use builder::Builder;
 pub use cached::{Cached, Snapshot};
 pub use calls::Client;
 pub use connection::{
-    Audit, Caches, Connection, Keys, LONGEST_DEADLINE, Line, Policies, Presenting, Secrets, Tokens,
+    Audit, Caches, Connection, Keys, LONGEST_DEADLINE, Line, Policies, Presenting, Rotations, Secrets, Tokens,
 };
 pub use error::ClientError;
 pub use files::read_token_file;

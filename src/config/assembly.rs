@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! DIR ─▶ kv ─▶ root key ─▶ audit log (not older than kv's past) ─▶ policies ─▶ stores, cached ─▶ tokens ─▶ broker
+//!                                                                                             ─▶ rotations ◀┘
 //! ```
 
 use std::collections::BTreeMap;
@@ -35,6 +36,10 @@ use crate::identity::{Authenticator, Chain};
 use crate::kv::embedded::Embedded;
 use crate::kv::{Kv, KvError};
 use crate::policy::{Policies, PolicyError, PolicySource};
+use crate::rotation::engine::Engine;
+use crate::rotation::ledger::Ledger;
+use crate::rotation::scheduler::Scheduler;
+use crate::rotation::service::Rotations;
 use crate::secret::EnvironmentName;
 use crate::server::admin::BoundAdmin;
 use crate::server::health::Health;
@@ -143,6 +148,8 @@ impl Reasoned for StartError {
 pub struct Running {
     /// The broker.
     pub broker: Arc<Broker>,
+    /// Its rotations.
+    pub rotations: Arc<Rotations>,
     /// What is worth a look, a line each.
     pub warnings: Vec<String>,
     identity: Arc<Chain>,
@@ -154,6 +161,9 @@ pub struct Running {
     metrics: Arc<Metrics>,
     clock: SharedClock,
     admin: Option<BoundAdmin>,
+    scheduler: Option<Scheduler>,
+    /// Says true when no rotation may begin any more, and those in progress stop at their next phase.
+    stopping: watch::Sender<bool>,
 }
 
 impl Running {
@@ -221,15 +231,28 @@ impl Running {
             tokens,
             feed: Feed::new(Arc::clone(&shared), &resolved.registry, Arc::clone(&clock))
                 .with_bounds(Bounds::of_watches(resolved.limits.watches_per_caller)),
-            consumers: Consumers::new(shared, state_key, Arc::clone(&clock)),
+            consumers: Consumers::new(Arc::clone(&shared), Arc::clone(&state_key), Arc::clone(&clock)),
             caches,
             keys: Keys::new(Arc::new(rotation), audit_keys),
             metrics: Arc::clone(&metrics),
             clock: Arc::clone(&clock),
         }));
         broker.record_policy_loaded("start").await?;
+        let settings = resolved.rotation;
+        let ledger = Ledger::new(shared, state_key, Arc::clone(&clock), &resolved.instance, settings.lease);
+        let (stopping, told) = watch::channel(false);
+        let engine = Arc::new(Engine::new(
+            Arc::clone(&broker),
+            Arc::new(ledger),
+            Arc::clone(&clock),
+            settings,
+            told,
+        ));
+        let rotations = Arc::new(Rotations::new(Arc::clone(&broker), engine));
+        let scheduler = resolved.scheduler.then(|| Scheduler::new(&rotations));
         Ok(Self {
             broker,
+            rotations,
             warnings,
             identity: Arc::new(Chain::new(chain)),
             kv,
@@ -240,6 +263,8 @@ impl Running {
             metrics,
             clock,
             admin: None,
+            scheduler,
+            stopping,
         })
     }
 
@@ -266,14 +291,26 @@ impl Running {
         let mut beside = JoinSet::new();
         beside.spawn(Arc::clone(&house.health).keep());
         beside.spawn(self.housekeeping().keep(shutdown.clone()));
+        if let Some(scheduler) = self.scheduler.take() {
+            beside.spawn(scheduler.keep(shutdown.clone()));
+        }
+        let stopping = self.stopping.clone();
+        let told = server::told(shutdown.clone());
+        beside.spawn(async move {
+            told.await;
+            stopping.send_replace(true);
+        });
         if let Some(admin) = self.admin.take() {
             let scrape = figures::scrape(&house, tls, Arc::clone(&self.ring));
             beside.spawn(admin.serve(Arc::clone(&house.health), scrape));
         }
         let served = server::serve(house, doors, shutdown).await;
+        self.stopping.send_replace(true);
+        let drained = within("bringing rotations to a phase's end", self.rotations.drained()).await;
         beside.shutdown().await;
         let stopped = self.stop().await;
         served?;
+        drained?;
         stopped
     }
 
@@ -284,6 +321,7 @@ impl Running {
         let server::Limits { per_principal, per_address, strangers, .. } = limits;
         House {
             broker: Arc::clone(broker),
+            rotations: Arc::clone(&self.rotations),
             identity: Arc::clone(&self.identity),
             rates: Arc::new(RateLimits::new(per_principal, per_address, strangers, Arc::clone(clock))),
             places: Places::new(&limits),

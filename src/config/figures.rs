@@ -7,6 +7,7 @@ use jiff::Timestamp;
 use crate::broker::Broker;
 use crate::cache::Stats;
 use crate::crypto::KeyRing;
+use crate::rotation::scheduler::FiguresNow;
 use crate::secret::EnvironmentName;
 use crate::server::admin::Scrape;
 use crate::server::limits::RateLimits;
@@ -15,12 +16,12 @@ use crate::server::{House, Places};
 use crate::telemetry::metrics::AttemptFigures;
 use crate::telemetry::{
     AuditFigures, CacheFigures, CertificateFigures, ConnectionFigures, PolicyFigures, Process, RateFigures,
-    Snapshot, WatchFigures,
+    RotationFigures, Snapshot, WatchFigures,
 };
 
 /// Gathers the figures of a house and its certificates, and writes them down.
 pub(super) fn scrape(house: &House, tls: Vec<Arc<Tls>>, ring: Arc<KeyRing>) -> Scrape {
-    let House { broker, rates, places, metrics, .. } = house.clone();
+    let House { broker, rotations, rates, places, metrics, .. } = house.clone();
     let runtime = tokio::runtime::Handle::current();
     Arc::new(move || {
         metrics.encode(Snapshot {
@@ -31,6 +32,7 @@ pub(super) fn scrape(house: &House, tls: Vec<Arc<Tls>>, ring: Arc<KeyRing>) -> S
             connections: connections(&places),
             watches: watches(&broker),
             rate_limited: rate_limited(&rates),
+            rotations: rotations.figures().into(),
             policy: PolicyFigures {
                 generation: broker.policies().generation(),
                 policies: count(broker.policies().len()),
@@ -90,6 +92,13 @@ fn watches(broker: &Broker) -> WatchFigures {
         pushed: figures.pushed,
         coalesced: figures.coalesced,
         ended_slow: figures.ended_slow,
+    }
+}
+
+impl From<FiguresNow> for RotationFigures {
+    fn from(figures: FiguresNow) -> Self {
+        let FiguresNow { ended, failures, health, overdue, scheduler_looked, clock_stepped } = figures;
+        Self { ended, failures, health, overdue, scheduler_looked, clock_stepped }
     }
 }
 

@@ -23,6 +23,7 @@ use crate::environment::Registry;
 use crate::error::{Reason, Reasoned};
 use crate::identity::{mtls, peer_credentials};
 use crate::policy::PolicySource;
+use crate::rotation::engine;
 use crate::server::{Limits, Listen};
 
 pub use raw::Raw;
@@ -85,6 +86,10 @@ pub struct Resolved {
     pub mtls: mtls::Config,
     /// How many bytes of values each environment's cache may hold.
     pub cache_bytes: u64,
+    /// How rotations are carried out.
+    pub rotation: engine::Settings,
+    /// Whether this broker begins rotations by itself when they are due.
+    pub scheduler: bool,
     /// The declared environments.
     pub registry: Registry,
     /// Start although the database or the audit log was brought back from the past, cut or removed; on record. For one
@@ -119,6 +124,8 @@ impl Resolved {
             peers: peer_credentials::Config::default(),
             mtls: mtls::Config::default(),
             cache_bytes: Self::CACHE_BYTES,
+            rotation: engine::Settings::default(),
+            scheduler: true,
             registry,
             accept_loss: false,
         }

@@ -26,6 +26,8 @@ pub struct Raw {
     pub(super) identity: Identity,
     #[serde(default)]
     pub(super) cache: Cache,
+    #[serde(default)]
+    pub(super) rotation: Rotation,
     pub(super) environments: BTreeMap<EnvironmentName, environment::Config>,
 }
 
@@ -103,6 +105,17 @@ pub(super) struct Identity {
 #[serde(deny_unknown_fields)]
 pub(super) struct Cache {
     pub(super) capacity_mib: Option<u64>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Rotation {
+    pub(super) scheduler: Option<bool>,
+    pub(super) concurrency: Option<usize>,
+    pub(super) retry_from: Option<String>,
+    pub(super) retry_to: Option<String>,
+    pub(super) lease: Option<String>,
+    pub(super) step: Option<String>,
 }
 
 impl Raw {

@@ -10,6 +10,7 @@ use super::{ConfigError, Resolved, RootKeyChoice};
 use crate::clock::parse_duration;
 use crate::environment::{EnvironmentError, Registry};
 use crate::policy::PolicySource;
+use crate::rotation::engine;
 use crate::secret::EnvironmentName;
 use crate::server::limits::Rate;
 use crate::server::{Limits, Listen};
@@ -29,6 +30,8 @@ impl Raw {
         let retention = problems.keep(retention(self.audit.retention.as_deref())).unwrap_or_default();
         let instance = problems.keep(instance(self.audit.instance)).unwrap_or_default();
         let cache_bytes = problems.keep(cache_bytes(self.cache.capacity_mib)).unwrap_or_default();
+        let scheduler = self.rotation.scheduler.unwrap_or(true);
+        let rotation = rotation(&self.rotation, &mut problems);
         let registry = Registry::from_config(self.environments).map_err(|errors| {
             problems.0.extend(errors.into_iter().map(of_environment));
         });
@@ -44,6 +47,8 @@ impl Raw {
                 peers: self.identity.peer_credentials,
                 mtls: self.identity.mtls,
                 cache_bytes,
+                rotation,
+                scheduler,
                 ..Resolved::new(self.kv.directory, root_key, policy, registry)
             }),
             _ => Err(problems.0),
@@ -91,6 +96,46 @@ fn cache_bytes(mib: Option<u64>) -> Result<u64, ConfigError> {
         Some(mib @ 1..=65_536) => Ok(mib * 1024 * 1024),
         Some(_) => Err(ConfigError::new("cache.capacity_mib", "must be 1 to 65536")),
     }
+}
+
+fn rotation(raw: &raw::Rotation, problems: &mut Problems) -> engine::Settings {
+    let mut settings = engine::Settings::default();
+    match raw.concurrency {
+        None => {}
+        Some(concurrency @ 1..=64) => settings.concurrency = concurrency,
+        Some(_) => problems.say(ConfigError::new("rotation.concurrency", "must be 1 to 64")),
+    }
+    for (key, text, from, to, setting) in [
+        ("rotation.retry_from", &raw.retry_from, 100, 3_600_000, &mut settings.retry_from),
+        ("rotation.retry_to", &raw.retry_to, 1_000, 86_400_000, &mut settings.retry_to),
+        ("rotation.lease", &raw.lease, 2_000, 3_600_000, &mut settings.lease),
+        ("rotation.step", &raw.step, 500, 600_000, &mut settings.step),
+    ] {
+        let Some(text) = text else { continue };
+        let bounds = Duration::from_millis(from)..=Duration::from_millis(to);
+        match problems.keep(duration(key, text)) {
+            Some(given) if bounds.contains(&given) => *setting = given,
+            Some(_) => {
+                let problem = format!("must be {:?} to {:?}", bounds.start(), bounds.end());
+                problems.say(ConfigError::new(key, problem));
+            }
+            None => {}
+        }
+    }
+    if settings.retry_from > settings.retry_to {
+        let problem = "is longer than rotation.retry_to; the first wait can't be longer than the longest";
+        problems.say(ConfigError::new("rotation.retry_from", problem));
+    }
+    // A lease that ends while a step may still be under way invites a second owner, whom only the fence tells apart.
+    if settings.step > settings.lease / 2 {
+        match raw.step {
+            None => settings.step = settings.lease / 2,
+            Some(_) => {
+                problems.say(ConfigError::new("rotation.step", "must be at most half of rotation.lease"));
+            }
+        }
+    }
+    settings
 }
 
 fn limits(listen: &raw::Listen, problems: &mut Problems) -> Limits {

@@ -4625,3 +4625,1318 @@ pub mod cache_service_server {
         const NAME: &'static str = SERVICE_NAME;
     }
 }
+/// What is in a rotation's way.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RotationTrouble {
+    /// The stable class, for example `target_unavailable`.
+    #[prost(string, tag = "1")]
+    pub code: ::prost::alloc::string::String,
+    /// What happened, in a line.
+    #[prost(string, tag = "2")]
+    pub message: ::prost::alloc::string::String,
+    /// What a person should do.
+    #[prost(string, tag = "3")]
+    pub mend: ::prost::alloc::string::String,
+    /// Whether it stays until a person does something.
+    #[prost(bool, tag = "4")]
+    pub needs_person: bool,
+}
+/// A run in progress.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RotationRun {
+    /// The id of the pending version; empty before the claim.
+    #[prost(string, tag = "1")]
+    pub version_id: ::prost::alloc::string::String,
+    /// `create`, `set`, `test`, `finish` or `retire`.
+    #[prost(string, tag = "2")]
+    pub phase: ::prost::alloc::string::String,
+    /// When it began.
+    #[prost(message, optional, tag = "3")]
+    pub started_at: ::core::option::Option<::prost_types::Timestamp>,
+    /// Who or what asked for it.
+    #[prost(string, tag = "4")]
+    pub asked_by: ::prost::alloc::string::String,
+    /// Failures in a row.
+    #[prost(uint32, tag = "5")]
+    pub attempt: u32,
+    /// Not taken up before.
+    #[prost(message, optional, tag = "6")]
+    pub not_before: ::core::option::Option<::prost_types::Timestamp>,
+    /// Why it is not at its end, where something is in its way.
+    #[prost(message, optional, tag = "7")]
+    pub trouble: ::core::option::Option<RotationTrouble>,
+    /// A person asked for its end.
+    #[prost(bool, tag = "8")]
+    pub aborting: bool,
+}
+/// A run that is over.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct EndedRotation {
+    /// `rotated`, `superseded`, `aborted` or `discarded`.
+    #[prost(string, tag = "1")]
+    pub ending: ::prost::alloc::string::String,
+    /// The id of the version; empty where none was claimed.
+    #[prost(string, tag = "2")]
+    pub version_id: ::prost::alloc::string::String,
+    /// When it began.
+    #[prost(message, optional, tag = "3")]
+    pub started_at: ::core::option::Option<::prost_types::Timestamp>,
+    /// When it was over.
+    #[prost(message, optional, tag = "4")]
+    pub ended_at: ::core::option::Option<::prost_types::Timestamp>,
+    /// Who or what asked for it.
+    #[prost(string, tag = "5")]
+    pub asked_by: ::prost::alloc::string::String,
+    /// How many failures lay on the way.
+    #[prost(uint32, tag = "6")]
+    pub failures: u32,
+}
+/// The rotation of a secret.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Rotation {
+    /// The environment.
+    #[prost(string, tag = "1")]
+    pub environment: ::prost::alloc::string::String,
+    /// The secret.
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+    /// The rotator's kind.
+    #[prost(string, tag = "3")]
+    pub rotator: ::prost::alloc::string::String,
+    /// When, as the definition says it.
+    #[prost(string, tag = "4")]
+    pub schedule: ::prost::alloc::string::String,
+    /// How it is.
+    #[prost(enumeration = "RotationHealth", tag = "5")]
+    pub health: i32,
+    /// When the next run is due; not where it is paused.
+    #[prost(message, optional, tag = "6")]
+    pub next_at: ::core::option::Option<::prost_types::Timestamp>,
+    /// When AWSCURRENT last moved by a rotation.
+    #[prost(message, optional, tag = "7")]
+    pub rotated_at: ::core::option::Option<::prost_types::Timestamp>,
+    /// The run in progress.
+    #[prost(message, optional, tag = "8")]
+    pub run: ::core::option::Option<RotationRun>,
+    /// Ended runs, newest first. Only in answers that are about one rotation.
+    #[prost(message, repeated, tag = "9")]
+    pub history: ::prost::alloc::vec::Vec<EndedRotation>,
+    /// The definition, as TOML. Only in answers that are about one rotation.
+    #[prost(string, tag = "10")]
+    pub definition: ::prost::alloc::string::String,
+    /// At least so long lies between two rotations.
+    #[prost(message, optional, tag = "11")]
+    pub min_gap: ::core::option::Option<::prost_types::Duration>,
+}
+/// Sets a rotation.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SetRotationRequest {
+    /// The environment.
+    #[prost(string, tag = "1")]
+    pub environment: ::prost::alloc::string::String,
+    /// The secret.
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+    /// The definition, as TOML. At most 64 KiB.
+    #[prost(string, tag = "3")]
+    pub definition: ::prost::alloc::string::String,
+    /// Why. At most 512 bytes.
+    #[prost(string, tag = "4")]
+    pub reason: ::prost::alloc::string::String,
+}
+/// What was set.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct SetRotationResponse {
+    /// The rotation.
+    #[prost(message, optional, tag = "1")]
+    pub rotation: ::core::option::Option<Rotation>,
+}
+/// Removes a rotation.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RemoveRotationRequest {
+    /// The environment.
+    #[prost(string, tag = "1")]
+    pub environment: ::prost::alloc::string::String,
+    /// The secret.
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+    /// Why. At most 512 bytes.
+    #[prost(string, tag = "3")]
+    pub reason: ::prost::alloc::string::String,
+}
+/// It is removed.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RemoveRotationResponse {}
+/// Which rotation.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetRotationRequest {
+    /// The environment.
+    #[prost(string, tag = "1")]
+    pub environment: ::prost::alloc::string::String,
+    /// The secret.
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+    /// Why. At most 512 bytes.
+    #[prost(string, tag = "3")]
+    pub reason: ::prost::alloc::string::String,
+}
+/// One rotation.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct GetRotationResponse {
+    /// The rotation.
+    #[prost(message, optional, tag = "1")]
+    pub rotation: ::core::option::Option<Rotation>,
+}
+/// Which rotations.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListRotationsRequest {
+    /// The environment.
+    #[prost(string, tag = "1")]
+    pub environment: ::prost::alloc::string::String,
+    /// At most so many, 1 to 100; 0 means 100.
+    #[prost(int32, tag = "2")]
+    pub page_size: i32,
+    /// Where the last page ended; empty: from the first.
+    #[prost(string, tag = "3")]
+    pub page_token: ::prost::alloc::string::String,
+    /// Why. At most 512 bytes.
+    #[prost(string, tag = "4")]
+    pub reason: ::prost::alloc::string::String,
+}
+/// A page of rotations.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ListRotationsResponse {
+    /// The rotations.
+    #[prost(message, repeated, tag = "1")]
+    pub rotations: ::prost::alloc::vec::Vec<Rotation>,
+    /// Where the next page starts; empty: this was the last.
+    #[prost(string, tag = "2")]
+    pub next_page_token: ::prost::alloc::string::String,
+}
+/// Pauses a rotation.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PauseRotationRequest {
+    /// The environment.
+    #[prost(string, tag = "1")]
+    pub environment: ::prost::alloc::string::String,
+    /// The secret.
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+    /// Why. At most 512 bytes.
+    #[prost(string, tag = "3")]
+    pub reason: ::prost::alloc::string::String,
+}
+/// It is paused.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct PauseRotationResponse {
+    /// The rotation.
+    #[prost(message, optional, tag = "1")]
+    pub rotation: ::core::option::Option<Rotation>,
+}
+/// Resumes a rotation.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ResumeRotationRequest {
+    /// The environment.
+    #[prost(string, tag = "1")]
+    pub environment: ::prost::alloc::string::String,
+    /// The secret.
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+    /// Why. At most 512 bytes.
+    #[prost(string, tag = "3")]
+    pub reason: ::prost::alloc::string::String,
+}
+/// It goes on.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ResumeRotationResponse {
+    /// The rotation.
+    #[prost(message, optional, tag = "1")]
+    pub rotation: ::core::option::Option<Rotation>,
+}
+/// Aborts a run.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AbortRotationRequest {
+    /// The environment.
+    #[prost(string, tag = "1")]
+    pub environment: ::prost::alloc::string::String,
+    /// The secret.
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+    /// Why. At most 512 bytes.
+    #[prost(string, tag = "3")]
+    pub reason: ::prost::alloc::string::String,
+}
+/// The run is over, or will be as soon as whoever works on it gets to it.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct AbortRotationResponse {
+    /// The rotation.
+    #[prost(message, optional, tag = "1")]
+    pub rotation: ::core::option::Option<Rotation>,
+}
+/// Rotates one secret now.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RotateRequest {
+    /// The environment.
+    #[prost(string, tag = "1")]
+    pub environment: ::prost::alloc::string::String,
+    /// The secret.
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+    /// Wait until the run is over, also through failures that may pass; else the answer ends with the first activation.
+    #[prost(bool, tag = "3")]
+    pub wait: bool,
+    /// Why. At most 512 bytes.
+    #[prost(string, tag = "4")]
+    pub reason: ::prost::alloc::string::String,
+}
+/// How one secret's run is.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RotationStep {
+    /// The environment.
+    #[prost(string, tag = "1")]
+    pub environment: ::prost::alloc::string::String,
+    /// The secret.
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+    /// The id of the pending version; empty before the claim.
+    #[prost(string, tag = "3")]
+    pub version_id: ::prost::alloc::string::String,
+    /// The phase that begins: `create`, `set`, `test`, `finish` or `retire`; empty where it is over for now.
+    #[prost(string, tag = "4")]
+    pub phase: ::prost::alloc::string::String,
+    /// How it ended: `rotated`, `superseded`, `aborted`, `discarded`; `in_progress` where someone else works on it;
+    /// `unfinished` where it is tried again later, `blocked` where a person is needed; `skipped` where it is not due any
+    /// more; `refused` where it did not begin. Empty while it goes on.
+    #[prost(string, tag = "5")]
+    pub result: ::prost::alloc::string::String,
+    /// What is in its way.
+    #[prost(message, optional, tag = "6")]
+    pub trouble: ::core::option::Option<RotationTrouble>,
+    /// When it is tried again, where it is.
+    #[prost(message, optional, tag = "7")]
+    pub retry_at: ::core::option::Option<::prost_types::Timestamp>,
+}
+/// How far it is.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RotateResponse {
+    /// The step.
+    #[prost(message, optional, tag = "1")]
+    pub step: ::core::option::Option<RotationStep>,
+}
+/// Rotates what is due.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RotateDueRequest {
+    /// The environment; empty: all of them.
+    #[prost(string, tag = "1")]
+    pub environment: ::prost::alloc::string::String,
+    /// Only tell what would be rotated.
+    #[prost(bool, tag = "2")]
+    pub dry_run: bool,
+    /// Why. At most 512 bytes.
+    #[prost(string, tag = "3")]
+    pub reason: ::prost::alloc::string::String,
+}
+/// How far it is.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RotateDueResponse {
+    /// What happens to one secret. Not in the first message, which only says how many are due.
+    #[prost(message, optional, tag = "1")]
+    pub step: ::core::option::Option<RotationStep>,
+    /// How many are over.
+    #[prost(uint64, tag = "2")]
+    pub done: u64,
+    /// How many are due.
+    #[prost(uint64, tag = "3")]
+    pub total: u64,
+}
+/// How a rotation is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum RotationHealth {
+    /// Not said.
+    Unspecified = 0,
+    /// Waiting for its time.
+    Idle = 1,
+    /// A run is in progress.
+    Running = 2,
+    /// A run fails again and again, and is tried again.
+    Degraded = 3,
+    /// A run needs a person.
+    Blocked = 4,
+    /// Nothing begins until it is resumed.
+    Paused = 5,
+}
+impl RotationHealth {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "ROTATION_HEALTH_UNSPECIFIED",
+            Self::Idle => "ROTATION_HEALTH_IDLE",
+            Self::Running => "ROTATION_HEALTH_RUNNING",
+            Self::Degraded => "ROTATION_HEALTH_DEGRADED",
+            Self::Blocked => "ROTATION_HEALTH_BLOCKED",
+            Self::Paused => "ROTATION_HEALTH_PAUSED",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "ROTATION_HEALTH_UNSPECIFIED" => Some(Self::Unspecified),
+            "ROTATION_HEALTH_IDLE" => Some(Self::Idle),
+            "ROTATION_HEALTH_RUNNING" => Some(Self::Running),
+            "ROTATION_HEALTH_DEGRADED" => Some(Self::Degraded),
+            "ROTATION_HEALTH_BLOCKED" => Some(Self::Blocked),
+            "ROTATION_HEALTH_PAUSED" => Some(Self::Paused),
+            _ => None,
+        }
+    }
+}
+/// Generated client implementations.
+pub mod rotation_service_client {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    use tonic::codegen::http::Uri;
+    /// Rotates secrets. `rotate` on the secret to rotate, pause, resume and abort; `describe` on it to look; `administer` on
+    /// its environment to set and remove a rotation.
+    #[derive(Debug, Clone)]
+    pub struct RotationServiceClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl RotationServiceClient<tonic::transport::Channel> {
+        /// Attempt to create a new client by connecting to a given endpoint.
+        pub async fn connect<D>(dst: D) -> Result<Self, tonic::transport::Error>
+        where
+            D: TryInto<tonic::transport::Endpoint>,
+            D::Error: Into<StdError>,
+        {
+            let conn = tonic::transport::Endpoint::new(dst)?.connect().await?;
+            Ok(Self::new(conn))
+        }
+    }
+    impl<T> RotationServiceClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> RotationServiceClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+                Response = http::Response<
+                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                >,
+            >,
+            <T as tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            RotationServiceClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// Sets how and when a secret is rotated. A run in progress ends as it began.
+        pub async fn set_rotation(
+            &mut self,
+            request: impl tonic::IntoRequest<super::SetRotationRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::SetRotationResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/claviger.v1.RotationService/SetRotation",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("claviger.v1.RotationService", "SetRotation"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Removes a rotation; the secret stays as it is. Not while a run is in progress.
+        pub async fn remove_rotation(
+            &mut self,
+            request: impl tonic::IntoRequest<super::RemoveRotationRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::RemoveRotationResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/claviger.v1.RotationService/RemoveRotation",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(
+                    GrpcMethod::new("claviger.v1.RotationService", "RemoveRotation"),
+                );
+            self.inner.unary(req, path, codec).await
+        }
+        /// One rotation.
+        pub async fn get_rotation(
+            &mut self,
+            request: impl tonic::IntoRequest<super::GetRotationRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetRotationResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/claviger.v1.RotationService/GetRotation",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("claviger.v1.RotationService", "GetRotation"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// An environment's rotations, in the order of their names. `list` on the environment.
+        pub async fn list_rotations(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ListRotationsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListRotationsResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/claviger.v1.RotationService/ListRotations",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("claviger.v1.RotationService", "ListRotations"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Nothing new begins; a run in progress comes to its end.
+        pub async fn pause_rotation(
+            &mut self,
+            request: impl tonic::IntoRequest<super::PauseRotationRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::PauseRotationResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/claviger.v1.RotationService/PauseRotation",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("claviger.v1.RotationService", "PauseRotation"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Ends a pause, and has a blocked or waiting run taken up at once.
+        pub async fn resume_rotation(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ResumeRotationRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ResumeRotationResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/claviger.v1.RotationService/ResumeRotation",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(
+                    GrpcMethod::new("claviger.v1.RotationService", "ResumeRotation"),
+                );
+            self.inner.unary(req, path, codec).await
+        }
+        /// Ends a run without a new AWSCURRENT. What the target may hold is kept under a label of its own.
+        pub async fn abort_rotation(
+            &mut self,
+            request: impl tonic::IntoRequest<super::AbortRotationRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::AbortRotationResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/claviger.v1.RotationService/AbortRotation",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("claviger.v1.RotationService", "AbortRotation"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Rotates now, and tells how far it is. Joins a run in progress.
+        pub async fn rotate(
+            &mut self,
+            request: impl tonic::IntoRequest<super::RotateRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::RotateResponse>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/claviger.v1.RotationService/Rotate",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("claviger.v1.RotationService", "Rotate"));
+            self.inner.server_streaming(req, path, codec).await
+        }
+        /// Rotates all that is due and that the caller may rotate, and tells how far it is.
+        pub async fn rotate_due(
+            &mut self,
+            request: impl tonic::IntoRequest<super::RotateDueRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::RotateDueResponse>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/claviger.v1.RotationService/RotateDue",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("claviger.v1.RotationService", "RotateDue"));
+            self.inner.server_streaming(req, path, codec).await
+        }
+    }
+}
+/// Generated server implementations.
+pub mod rotation_service_server {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    /// Generated trait containing gRPC methods that should be implemented for use with RotationServiceServer.
+    #[async_trait]
+    pub trait RotationService: std::marker::Send + std::marker::Sync + 'static {
+        /// Sets how and when a secret is rotated. A run in progress ends as it began.
+        async fn set_rotation(
+            &self,
+            request: tonic::Request<super::SetRotationRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::SetRotationResponse>,
+            tonic::Status,
+        >;
+        /// Removes a rotation; the secret stays as it is. Not while a run is in progress.
+        async fn remove_rotation(
+            &self,
+            request: tonic::Request<super::RemoveRotationRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::RemoveRotationResponse>,
+            tonic::Status,
+        >;
+        /// One rotation.
+        async fn get_rotation(
+            &self,
+            request: tonic::Request<super::GetRotationRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetRotationResponse>,
+            tonic::Status,
+        >;
+        /// An environment's rotations, in the order of their names. `list` on the environment.
+        async fn list_rotations(
+            &self,
+            request: tonic::Request<super::ListRotationsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListRotationsResponse>,
+            tonic::Status,
+        >;
+        /// Nothing new begins; a run in progress comes to its end.
+        async fn pause_rotation(
+            &self,
+            request: tonic::Request<super::PauseRotationRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::PauseRotationResponse>,
+            tonic::Status,
+        >;
+        /// Ends a pause, and has a blocked or waiting run taken up at once.
+        async fn resume_rotation(
+            &self,
+            request: tonic::Request<super::ResumeRotationRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ResumeRotationResponse>,
+            tonic::Status,
+        >;
+        /// Ends a run without a new AWSCURRENT. What the target may hold is kept under a label of its own.
+        async fn abort_rotation(
+            &self,
+            request: tonic::Request<super::AbortRotationRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::AbortRotationResponse>,
+            tonic::Status,
+        >;
+        /// Server streaming response type for the Rotate method.
+        type RotateStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::RotateResponse, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Rotates now, and tells how far it is. Joins a run in progress.
+        async fn rotate(
+            &self,
+            request: tonic::Request<super::RotateRequest>,
+        ) -> std::result::Result<tonic::Response<Self::RotateStream>, tonic::Status>;
+        /// Server streaming response type for the RotateDue method.
+        type RotateDueStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::RotateDueResponse, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Rotates all that is due and that the caller may rotate, and tells how far it is.
+        async fn rotate_due(
+            &self,
+            request: tonic::Request<super::RotateDueRequest>,
+        ) -> std::result::Result<tonic::Response<Self::RotateDueStream>, tonic::Status>;
+    }
+    /// Rotates secrets. `rotate` on the secret to rotate, pause, resume and abort; `describe` on it to look; `administer` on
+    /// its environment to set and remove a rotation.
+    #[derive(Debug)]
+    pub struct RotationServiceServer<T> {
+        inner: Arc<T>,
+        accept_compression_encodings: EnabledCompressionEncodings,
+        send_compression_encodings: EnabledCompressionEncodings,
+        max_decoding_message_size: Option<usize>,
+        max_encoding_message_size: Option<usize>,
+    }
+    impl<T> RotationServiceServer<T> {
+        pub fn new(inner: T) -> Self {
+            Self::from_arc(Arc::new(inner))
+        }
+        pub fn from_arc(inner: Arc<T>) -> Self {
+            Self {
+                inner,
+                accept_compression_encodings: Default::default(),
+                send_compression_encodings: Default::default(),
+                max_decoding_message_size: None,
+                max_encoding_message_size: None,
+            }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> InterceptedService<Self, F>
+        where
+            F: tonic::service::Interceptor,
+        {
+            InterceptedService::new(Self::new(inner), interceptor)
+        }
+        /// Enable decompressing requests with the given encoding.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.accept_compression_encodings.enable(encoding);
+            self
+        }
+        /// Compress responses with the given encoding, if the client supports it.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.send_compression_encodings.enable(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.max_decoding_message_size = Some(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.max_encoding_message_size = Some(limit);
+            self
+        }
+    }
+    impl<T, B> tonic::codegen::Service<http::Request<B>> for RotationServiceServer<T>
+    where
+        T: RotationService,
+        B: Body + std::marker::Send + 'static,
+        B::Error: Into<StdError> + std::marker::Send + 'static,
+    {
+        type Response = http::Response<tonic::body::Body>;
+        type Error = std::convert::Infallible;
+        type Future = BoxFuture<Self::Response, Self::Error>;
+        fn poll_ready(
+            &mut self,
+            _cx: &mut Context<'_>,
+        ) -> Poll<std::result::Result<(), Self::Error>> {
+            Poll::Ready(Ok(()))
+        }
+        fn call(&mut self, req: http::Request<B>) -> Self::Future {
+            match req.uri().path() {
+                "/claviger.v1.RotationService/SetRotation" => {
+                    #[allow(non_camel_case_types)]
+                    struct SetRotationSvc<T: RotationService>(pub Arc<T>);
+                    impl<
+                        T: RotationService,
+                    > tonic::server::UnaryService<super::SetRotationRequest>
+                    for SetRotationSvc<T> {
+                        type Response = super::SetRotationResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::SetRotationRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as RotationService>::set_rotation(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = SetRotationSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/claviger.v1.RotationService/RemoveRotation" => {
+                    #[allow(non_camel_case_types)]
+                    struct RemoveRotationSvc<T: RotationService>(pub Arc<T>);
+                    impl<
+                        T: RotationService,
+                    > tonic::server::UnaryService<super::RemoveRotationRequest>
+                    for RemoveRotationSvc<T> {
+                        type Response = super::RemoveRotationResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::RemoveRotationRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as RotationService>::remove_rotation(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = RemoveRotationSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/claviger.v1.RotationService/GetRotation" => {
+                    #[allow(non_camel_case_types)]
+                    struct GetRotationSvc<T: RotationService>(pub Arc<T>);
+                    impl<
+                        T: RotationService,
+                    > tonic::server::UnaryService<super::GetRotationRequest>
+                    for GetRotationSvc<T> {
+                        type Response = super::GetRotationResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::GetRotationRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as RotationService>::get_rotation(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = GetRotationSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/claviger.v1.RotationService/ListRotations" => {
+                    #[allow(non_camel_case_types)]
+                    struct ListRotationsSvc<T: RotationService>(pub Arc<T>);
+                    impl<
+                        T: RotationService,
+                    > tonic::server::UnaryService<super::ListRotationsRequest>
+                    for ListRotationsSvc<T> {
+                        type Response = super::ListRotationsResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ListRotationsRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as RotationService>::list_rotations(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ListRotationsSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/claviger.v1.RotationService/PauseRotation" => {
+                    #[allow(non_camel_case_types)]
+                    struct PauseRotationSvc<T: RotationService>(pub Arc<T>);
+                    impl<
+                        T: RotationService,
+                    > tonic::server::UnaryService<super::PauseRotationRequest>
+                    for PauseRotationSvc<T> {
+                        type Response = super::PauseRotationResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::PauseRotationRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as RotationService>::pause_rotation(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = PauseRotationSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/claviger.v1.RotationService/ResumeRotation" => {
+                    #[allow(non_camel_case_types)]
+                    struct ResumeRotationSvc<T: RotationService>(pub Arc<T>);
+                    impl<
+                        T: RotationService,
+                    > tonic::server::UnaryService<super::ResumeRotationRequest>
+                    for ResumeRotationSvc<T> {
+                        type Response = super::ResumeRotationResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ResumeRotationRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as RotationService>::resume_rotation(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ResumeRotationSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/claviger.v1.RotationService/AbortRotation" => {
+                    #[allow(non_camel_case_types)]
+                    struct AbortRotationSvc<T: RotationService>(pub Arc<T>);
+                    impl<
+                        T: RotationService,
+                    > tonic::server::UnaryService<super::AbortRotationRequest>
+                    for AbortRotationSvc<T> {
+                        type Response = super::AbortRotationResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::AbortRotationRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as RotationService>::abort_rotation(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = AbortRotationSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/claviger.v1.RotationService/Rotate" => {
+                    #[allow(non_camel_case_types)]
+                    struct RotateSvc<T: RotationService>(pub Arc<T>);
+                    impl<
+                        T: RotationService,
+                    > tonic::server::ServerStreamingService<super::RotateRequest>
+                    for RotateSvc<T> {
+                        type Response = super::RotateResponse;
+                        type ResponseStream = T::RotateStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::RotateRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as RotationService>::rotate(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = RotateSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/claviger.v1.RotationService/RotateDue" => {
+                    #[allow(non_camel_case_types)]
+                    struct RotateDueSvc<T: RotationService>(pub Arc<T>);
+                    impl<
+                        T: RotationService,
+                    > tonic::server::ServerStreamingService<super::RotateDueRequest>
+                    for RotateDueSvc<T> {
+                        type Response = super::RotateDueResponse;
+                        type ResponseStream = T::RotateDueStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::RotateDueRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as RotationService>::rotate_due(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = RotateDueSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                _ => {
+                    Box::pin(async move {
+                        let mut response = http::Response::new(
+                            tonic::body::Body::default(),
+                        );
+                        let headers = response.headers_mut();
+                        headers
+                            .insert(
+                                tonic::Status::GRPC_STATUS,
+                                (tonic::Code::Unimplemented as i32).into(),
+                            );
+                        headers
+                            .insert(
+                                http::header::CONTENT_TYPE,
+                                tonic::metadata::GRPC_CONTENT_TYPE,
+                            );
+                        Ok(response)
+                    })
+                }
+            }
+        }
+    }
+    impl<T> Clone for RotationServiceServer<T> {
+        fn clone(&self) -> Self {
+            let inner = self.inner.clone();
+            Self {
+                inner,
+                accept_compression_encodings: self.accept_compression_encodings,
+                send_compression_encodings: self.send_compression_encodings,
+                max_decoding_message_size: self.max_decoding_message_size,
+                max_encoding_message_size: self.max_encoding_message_size,
+            }
+        }
+    }
+    /// Generated gRPC service name
+    pub const SERVICE_NAME: &str = "claviger.v1.RotationService";
+    impl<T> tonic::server::NamedService for RotationServiceServer<T> {
+        const NAME: &'static str = SERVICE_NAME;
+    }
+}

@@ -20,6 +20,7 @@ use crate::broker::Broker;
 use crate::clock::SharedClock;
 use crate::error::{Reason, Reasoned};
 use crate::identity::Chain;
+use crate::rotation::service::Rotations;
 use crate::telemetry::metrics::Metrics;
 
 pub use listen::{Bound, Listen, Places};
@@ -105,6 +106,8 @@ impl Reasoned for ServerError {
 pub struct House {
     /// What every door calls.
     pub broker: Arc<Broker>,
+    /// What the doors of rotation call.
+    pub rotations: Arc<Rotations>,
     /// Who is calling.
     pub identity: Arc<Chain>,
     /// How often.

@@ -14,7 +14,9 @@ use super::{
     Description, Fetched, Freshness, ListPage, ListRequest, Put, RecoveryWindow, Store, StoreError, Written,
 };
 use crate::policy::{Action, Grant, Resource};
-use crate::secret::{EnvironmentName, Label, LabelError, LabelMove, SecretId, Selector, VersionId};
+use crate::secret::{
+    EnvironmentName, Label, LabelError, LabelMove, SecretId, SecretValue, Selector, VersionId,
+};
 
 /// The (cached) store of each environment.
 pub struct Guarded {
@@ -129,6 +131,32 @@ impl Guarded {
             }
         };
         store.move_label(id, &LabelMove { label: Label::Current, from, to: Some(to) }).await
+    }
+
+    /// Writes the version that a rotation is about to bring into use: under AWSPENDING, and only if `expected` is
+    /// current, so that nothing else changes.
+    ///
+    /// # Errors
+    /// [`StoreError`]; the grant must be for [`Action::Rotate`].
+    pub async fn put_pending(
+        &self,
+        grant: &Grant,
+        token: VersionId,
+        value: SecretValue,
+        expected: VersionId,
+    ) -> Result<Written, StoreError> {
+        let (store, id) = self.secret(grant, Action::Rotate)?;
+        let labels = vec![Label::Pending];
+        store.put(id, Put { value, token, labels, expected: Some(Some(expected)) }).await
+    }
+
+    /// Moves AWSCURRENT or AWSPENDING, or marks a version with a label of its own, as a rotation does.
+    ///
+    /// # Errors
+    /// [`StoreError`]; the grant must be for [`Action::Rotate`].
+    pub async fn move_in_rotation(&self, grant: &Grant, change: &LabelMove) -> Result<Written, StoreError> {
+        let (store, id) = self.secret(grant, Action::Rotate)?;
+        store.move_label(id, change).await
     }
 
     /// What is known of a secret without any value.
@@ -408,6 +436,11 @@ mod tests {
             if action != Action::Write {
                 of_a_defect(guarded.put(&grant, a_put()).await);
                 of_a_defect(guarded.move_label(&grant, &change).await);
+            }
+            if action != Action::Rotate {
+                let Put { value, token, .. } = a_put();
+                of_a_defect(guarded.put_pending(&grant, token, value, number(1)).await);
+                of_a_defect(guarded.move_in_rotation(&grant, &change).await);
             }
             if action != Action::Rollback {
                 of_a_defect(guarded.rollback(&grant, None, None).await);

@@ -35,6 +35,8 @@ pub struct Snapshot {
     pub watches: WatchFigures,
     /// Calls that were turned away for their rate.
     pub rate_limited: RateFigures,
+    /// Rotations.
+    pub rotations: RotationFigures,
     /// The policy set in force.
     pub policy: PolicyFigures,
     /// How many root keys are loaded: the present one, and those before it.
@@ -116,6 +118,23 @@ pub struct WatchFigures {
     pub ended_slow: u64,
 }
 
+/// Rotations, since the broker's start where they are counted.
+#[derive(Debug, Clone, Default)]
+pub struct RotationFigures {
+    /// Runs that are over, by how they ended.
+    pub ended: Vec<(&'static str, u64)>,
+    /// Activations that did not bring a run to its end, by what was in the way.
+    pub failures: Vec<(&'static str, u64)>,
+    /// Rotations that are set, by how they are.
+    pub health: Vec<(&'static str, u64)>,
+    /// For how long the one is due that waits longest, in seconds.
+    pub overdue: u64,
+    /// How long ago the scheduler last looked, in seconds; `None` where there is none.
+    pub scheduler_looked: Option<u64>,
+    /// Whether nothing new begins because the clock was moved.
+    pub clock_stepped: bool,
+}
+
 /// Calls that were turned away for their rate, by whose rate it was.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct RateFigures {
@@ -168,6 +187,7 @@ impl Collector for Scrape {
         self.audit(&mut families)?;
         self.certificates(&mut families)?;
         self.callers(&mut families)?;
+        self.rotations(&mut families)?;
         self.policy(&mut families)?;
         self.process(&mut families)
     }
@@ -247,6 +267,27 @@ impl Scrape {
         families.gauges("claviger_certificate_not_after_timestamp", help, Some(&Unit::Seconds), ends)?;
         let help = "Reloads of certificates and authorities; the last good ones stay in force.";
         families.attempts("claviger_certificate_reloads", help, self.snapshot.certificate_reloads)
+    }
+
+    fn rotations(&self, families: &mut Families<'_>) -> fmt::Result {
+        let rotations = &self.snapshot.rotations;
+        let by = |label: &'static str, counts: &[(&'static str, u64)]| {
+            counts.iter().map(|(name, count)| ([(label, *name)], *count)).collect::<Vec<_>>()
+        };
+        let help = "Rotations that are over, by how they ended.";
+        families.counters("claviger_rotations_ended", help, None, by("ending", &rotations.ended))?;
+        let help = "Attempts that did not bring a rotation to its end, by what was in the way.";
+        families.counters("claviger_rotation_failures", help, None, by("trouble", &rotations.failures))?;
+        let help = "Rotations that are set, by how they are.";
+        families.gauges("claviger_rotations", help, None, by("health", &rotations.health))?;
+        let help = "For how long the rotation is due that waits longest.";
+        families.gauges("claviger_rotation_overdue", help, Some(&Unit::Seconds), [([], rotations.overdue)])?;
+        let help = "How long ago the scheduler last looked for what is due.";
+        let looked = rotations.scheduler_looked.map(|seconds| ([], seconds));
+        families.gauges("claviger_rotation_scheduler_looked", help, Some(&Unit::Seconds), looked)?;
+        let help = "Whether nothing new is rotated because the clock was moved.";
+        let stepped = u64::from(rotations.clock_stepped);
+        families.gauges("claviger_rotation_clock_stepped", help, None, [([], stepped)])
     }
 
     fn callers(&self, families: &mut Families<'_>) -> fmt::Result {

@@ -18,7 +18,7 @@ use tracing_subscriber::filter::LevelFilter;
 
 pub use exposition::{
     AuditFigures, CONTENT_TYPE, CacheFigures, CertificateFigures, ConnectionFigures, PolicyFigures,
-    RateFigures, Snapshot, WatchFigures,
+    RateFigures, RotationFigures, Snapshot, WatchFigures,
 };
 pub use process::Process;
 

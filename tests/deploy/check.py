@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 
 import dockerfile_parse
 import kubernetes_validate
@@ -46,6 +47,11 @@ def pinned(image):
     """Whether an image is named with a tag that says which, or by its digest."""
     name, _, tag = image.rpartition(":")
     return "@sha256:" in image or bool(name and "/" not in tag and tag not in ("", "latest"))
+
+
+def has(text, line):
+    """Whether a unit has exactly this line."""
+    return line in text.splitlines()
 
 
 class Repository:
@@ -116,6 +122,7 @@ class Repository:
             must(at_home, f"{resource['kind']}: in another namespace")
         self.pod(by_kind["Deployment"]["spec"], folder)
         self.selectors(by_kind)
+        self.rotation_job(by_kind["CronJob"]["spec"], by_kind["Service"], by_kind["NetworkPolicy"])
         if shutil.which("kubectl"):
             self.validate([part for part in yaml.safe_load_all(run("kubectl", "kustomize", folder)[0]) if part])
 
@@ -129,29 +136,36 @@ class Repository:
                     raise Wrong(f"{resource['kind']} in {version}: {error.message}") from error
 
     @staticmethod
-    def pod(deployment, folder):
-        """The Pod Security Standard `restricted`, and what the broker itself needs."""
-        must(deployment["replicas"] == 1 and deployment["strategy"] == {"type": "Recreate"}, "two brokers on one store")
-        pod = deployment["template"]["spec"]
+    def restricted(pod):
+        """The Pod Security Standard `restricted`, and nothing that can be written to but volumes. Gives the container."""
         user = pod["securityContext"]
         must(user["runAsNonRoot"] is True and str(user["runAsUser"]) == USER, "the pod: may run as root")
         must(user["seccompProfile"] == {"type": "RuntimeDefault"}, "the pod: every system call is open")
-        must(user["fsGroupChangePolicy"] == "OnRootMismatch", "the pod: each mount would open the state to the group")
         must(pod["automountServiceAccountToken"] is False, "the pod: holds a token that it does not need")
-        must(pod["terminationGracePeriodSeconds"] >= 20, "the pod: is killed before it has drained")
         (container,) = pod["containers"]
         context = container["securityContext"]
         must(context["readOnlyRootFilesystem"] is True, "the container: its file system can be written to")
         must(context["allowPrivilegeEscalation"] is False, "the container: may gain privileges")
         must(context["capabilities"] == {"drop": ["ALL"]}, "the container: keeps capabilities")
         must(pinned(container["image"]), f"image {container['image']}: say which version")
+        mounted = {mount["name"] for mount in container["volumeMounts"]}
+        must(mounted == {volume["name"] for volume in pod["volumes"]}, "volumes and mounts differ")
+        return container
+
+    def pod(self, deployment, folder):
+        """What the broker itself needs."""
+        must(deployment["replicas"] == 1 and deployment["strategy"] == {"type": "Recreate"}, "two brokers on one store")
+        pod = deployment["template"]["spec"]
+        container = self.restricted(pod)
+        policy = pod["securityContext"]["fsGroupChangePolicy"]
+        must(policy == "OnRootMismatch", "the pod: each mount would open the state to the group")
+        must(pod["terminationGracePeriodSeconds"] >= 20, "the pod: is killed before it has drained")
         ports = {port["name"] for port in container["ports"]}
         for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
             get = container[probe]["httpGet"]
             must(get["port"] in ports and get["path"] in ("/livez", "/readyz"), f"{probe}: asks what is not there")
         must(container["livenessProbe"]["httpGet"]["path"] == "/livez", "livenessProbe: kills a broker that only waits")
         mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
-        must(set(mounts) == {volume["name"] for volume in pod["volumes"]}, "volumes and mounts differ")
         must(container["args"][-1] == f"{mounts['config']}/claviger.toml", "the configuration is mounted elsewhere")
         text = (folder / "claviger.toml").read_text()
         for name in ("state", "tls", "run"):
@@ -177,36 +191,107 @@ class Repository:
         must(used <= ports, f"ports {sorted(used - ports)} are not the container's")
         must(set(by_kind["NetworkPolicy"]["spec"]["policyTypes"]) == {"Ingress", "Egress"}, "NetworkPolicy: half of one")
 
+    def rotation_job(self, cron, service, network_policy):
+        """That it goes on after whatever happened, and reaches the broker with nothing but its own token."""
+        every = re.fullmatch(r"\*/(\d+) \* \* \* \*", cron["schedule"])
+        must(every, f"CronJob: schedule {cron['schedule']}: not every so many minutes")
+        every = int(every[1]) * 60
+        safe = cron["concurrencyPolicy"] in ("Forbid", "Allow")
+        must(safe, f"CronJob: concurrencyPolicy {cron['concurrencyPolicy']}: a start ends the one before it")
+        # The controller looks every ten seconds, and gives up where it counts more than a hundred missed starts.
+        deadline = cron["startingDeadlineSeconds"]
+        must(10 < deadline <= 100 * every, f"CronJob: startingDeadlineSeconds {deadline}: it may never start again")
+        job = cron["jobTemplate"]["spec"]
+        must(job["activeDeadlineSeconds"] <= every, "CronJob: a Job that hangs keeps the next ones from starting")
+        must(job["backoffLimit"] <= 6, "CronJob: a Job that fails is tried over and over")
+        labels = job["template"]["metadata"]["labels"]
+        must(not service["spec"]["selector"].items() <= labels.items(), "CronJob: the Service sends calls to its pods")
+        peers = [peer for rule in network_policy["spec"]["ingress"] for peer in rule["from"] if "podSelector" in peer]
+        lets_in = any(peer["podSelector"]["matchLabels"].items() <= labels.items() for peer in peers)
+        must(lets_in, "CronJob: the NetworkPolicy keeps its pods out")
+        pod = job["template"]["spec"]
+        must(pod["restartPolicy"] == "Never", "CronJob: what podFailurePolicy needs")
+        container = self.restricted(pod)
+        must(container["args"][:2] == ["rotate", "--due"], f"CronJob: runs {container['args']}")
+        environment = {variable["name"]: variable["value"] for variable in container["env"]}
+        name, namespace = service["metadata"]["name"], service["metadata"]["namespace"]
+        addresses = [f"https://{name}.{namespace}.svc:{port['port']}" for port in service["spec"]["ports"]]
+        must(environment["CLAVIGER_ADDR"] == addresses[0], "CronJob: CLAVIGER_ADDR is not the Service's")
+        self.files_of_job(pod, container, [container["args"][3], environment["CLAVIGER_CA_FILE"]])
+
+    @staticmethod
+    def files_of_job(pod, container, used):
+        """Each file that it uses is mounted, and of the broker's key pair only the authority."""
+        mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
+        folders = {f"{mount['mountPath']}/" for mount in mounts.values()}
+        for path in used:
+            must(any(path.startswith(folder) for folder in folders), f"CronJob: {path} is not mounted")
+        for volume in pod["volumes"]:
+            must(mounts[volume["name"]]["readOnly"] is True, f"CronJob: {volume['name']} can be written to")
+            items = [item["key"] for item in volume["secret"].get("items", [])]
+            shared = volume["secret"]["secretName"] != "claviger-rotate-token"
+            must(not shared or items == ["ca.crt"], f"CronJob: gets more of volume {volume['name']} than ca.crt")
+            must(shared or volume["secret"]["defaultMode"] == 0o400, "CronJob: others may read the token")
+
     def systemd(self):
-        text = self.text("claviger.service")
-        must(re.search(r"^LimitCORE=0$", text, re.MULTILINE), "a core dump would hold what is in memory")
-        must(re.search(r"^LoadCredential\w*=claviger-root-key:", text, re.MULTILINE), "the root key is not handed over")
-        must(not re.search(r"^PrivateUsers=(yes|true|on|1)", text, re.MULTILINE), "every caller would be `nobody`")
+        broker, rotate, timer = map(self.text, ("claviger.service", "claviger-rotate.service", "claviger-rotate.timer"))
+        must(has(broker, "LimitCORE=0"), "a core dump would hold what is in memory")
+        must(re.search(r"^LoadCredential\w*=claviger-root-key:", broker, re.MULTILINE), "the root key is not handed over")
+        must(not re.search(r"^PrivateUsers=(yes|true|on|1)", broker, re.MULTILINE), "every caller would be `nobody`")
+        must(has(rotate, "Type=oneshot"), "claviger-rotate.service: a timer starts what ends by itself")
+        runs = re.search(r"^ExecStart=\S+/claviger rotate --due$", rotate, re.MULTILINE)
+        must(runs, "claviger-rotate.service: runs something else")
+        must(not re.search(r"^PrivateUsers=(yes|true|on|1)", rotate, re.MULTILINE), "the broker would be `nobody`")
+        users = re.findall(r"^User=(.*)$", rotate, re.MULTILINE)
+        must(users == ["claviger-cron"], f"claviger-rotate.service: runs as {users}, who may do more than ask")
+        must(re.search(r"^TimeoutStartSec=\d", rotate, re.MULTILINE), "claviger-rotate.service: may hang for good")
+        must(has(timer, "Persistent=true"), "claviger-rotate.timer: forgets what it missed while the machine was off")
+        must(re.search(r"^RandomizedDelaySec=\d", timer, re.MULTILINE), "claviger-rotate.timer: all at once")
+        must(has(timer, "Unit=claviger-rotate.service"), "claviger-rotate.timer: starts another")
+        must(has(timer, "WantedBy=timers.target"), "claviger-rotate.timer: can't be enabled")
         if not shutil.which("systemd-analyze"):
             return "systemd-analyze is not installed"
         with tempfile.TemporaryDirectory() as folder:
+            units = [pathlib.Path(folder) / name for name in ("claviger.service", "claviger-rotate.service")]
             # It looks for the programs too, and the broker need not be installed where this runs.
-            unit = pathlib.Path(folder) / "claviger.service"
-            unit.write_text(text.replace("/usr/local/bin/claviger", "/bin/true"))
-            # A key that it does not know is a remark to it, not an error.
-            remarks = run("systemd-analyze", "verify", "--man=no", unit)[1].strip()
-            must(not remarks, remarks)
-            run("systemd-analyze", "security", "--offline=true", f"--threshold={MOST_EXPOSURE}", unit)
+            for unit, text in zip(units, (broker, rotate), strict=True):
+                unit.write_text(text.replace("/usr/local/bin/claviger", "/bin/true"))
+            timers = [pathlib.Path(folder) / "claviger-rotate.timer"]
+            timers[0].write_text(timer)
+            for unit in units + timers:
+                # A key that it does not know is a remark to it, not an error.
+                remarks = run("systemd-analyze", "verify", "--man=no", unit)[1].strip()
+                must(not remarks, remarks)
+            for unit in units:
+                run("systemd-analyze", "security", "--offline=true", f"--threshold={MOST_EXPOSURE}", unit)
         return None
+
+    def rotations(self):
+        """The examples of a definition. That the broker takes them is for its own tests to say."""
+        files = sorted((self.deploy / "rotations").glob("*.toml"))
+        must(files, "deploy/rotations: has no example")
+        for path in files:
+            definition = tomllib.loads(path.read_text(encoding="utf-8"))
+            tables = [key for key, value in definition.items() if isinstance(value, dict)]
+            must(tables == [definition["rotator"]], f"{path.name}: its settings are in {tables}")
+            must(isinstance(definition["schedule"], str), f"{path.name}: schedule is not a text")
+            must(definition[tables[0]].get("tls", "verify-full") == "verify-full", f"{path.name}: in the clear")
+            said = f"--file deploy/rotations/{path.name}"
+            must(said in path.read_text(encoding="utf-8"), f"{path.name}: does not say how it is set")
 
 
 def main():
     top = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else pathlib.Path(__file__).parents[2]).resolve()
     repository = Repository(top)
     failed = False
-    for check in (repository.dockerfile, repository.compose, repository.kubernetes, repository.systemd):
+    for check in (repository.dockerfile, repository.compose, repository.kubernetes, repository.systemd, repository.rotations):
         try:
             left_out = check()
             print(f"ok       {check.__name__}" + (f" in part: {left_out}" if left_out else ""))
         except Wrong as wrong:
             failed = True
             print(f"wrong    {check.__name__}: {wrong}")
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             failed = True
             print(f"wrong    {check.__name__}: not of the shape that is looked for: {error!r}")
     return 1 if failed else 0

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
 
+use claviger::rotation::definition::Definition;
+use claviger::rotation::rotators::ENTRIES;
 use rustix::process::{Signal, getuid};
 
 use crate::support::certificates::{Authority, Issued, Leaf};
@@ -260,7 +262,7 @@ fn every_key_of_the_configuration_is_in_an_example() {
     let examples =
         ["one-machine", "aws", "sidecar"].map(|name| read(&format!("deploy/{name}.toml"))).join("\n");
     let mut keys = Vec::new();
-    for structure in ["Raw", "Listen", "Rates", "Kv", "RootKey", "Policy", "Audit", "Identity", "Cache"] {
+    for structure in ["Raw", "Listen", "Rates", "Kv", "RootKey", "Policy", "Audit", "Identity", "Cache", "Rotation"] {
         keys.extend(fields("src/config/raw.rs", structure));
     }
     for (file, structure) in [
@@ -300,6 +302,22 @@ fn shows(examples: &str, key: &str) -> bool {
     })
 }
 
+#[test]
+fn every_definition_of_a_rotation_is_taken() {
+    let mut kinds = Vec::new();
+    for file in fs::read_dir(repository("deploy/rotations")).unwrap() {
+        let path = file.unwrap().path();
+        let text = fs::read_to_string(&path).unwrap();
+        let definition = Definition::parse(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        kinds.push(definition.rotator);
+    }
+    kinds.sort();
+    // Each kind has an example.
+    let mut known: Vec<_> = ENTRIES.iter().map(|entry| entry.kind).collect();
+    known.sort_unstable();
+    assert_eq!(kinds, known);
+}
+
 /// Runs `tests/deploy/check.py` on a repository.
 fn checked(top: &Path) -> Output {
     let made = repository("target/test-venv");
@@ -318,7 +336,7 @@ fn checked(top: &Path) -> Output {
 fn images_units_and_manifests_are_valid_and_hardened() {
     let output = checked(&repository(""));
     assert!(output.status.success(), "{}", said(&output));
-    assert_eq!(said(&output).lines().filter(|line| line.starts_with("ok ")).count(), 4, "{}", said(&output));
+    assert_eq!(said(&output).lines().filter(|line| line.starts_with("ok ")).count(), 5, "{}", said(&output));
 }
 
 #[test]
@@ -327,10 +345,10 @@ fn what_is_wrong_with_them_is_found() {
     for part in ["Cargo.toml", "Cargo.lock", ".dockerignore"] {
         fs::copy(repository(part), top.path().join(part)).unwrap();
     }
-    for part in ["benches", "policies", "src", "tests", "deploy/kubernetes"] {
+    for part in ["benches", "policies", "src", "tests", "deploy/kubernetes", "deploy/rotations"] {
         fs::create_dir_all(top.path().join(part)).unwrap();
     }
-    for part in ["deploy", "deploy/kubernetes"] {
+    for part in ["deploy", "deploy/kubernetes", "deploy/rotations"] {
         let files = fs::read_dir(repository(part)).unwrap().map(Result::unwrap);
         for file in files.filter(|file| file.file_type().unwrap().is_file()) {
             fs::copy(file.path(), top.path().join(part).join(file.file_name())).unwrap();
@@ -343,6 +361,7 @@ fn what_is_wrong_with_them_is_found() {
         ("deploy/compose.yaml", "read_only:", "readonly:", "compose"),
         ("deploy/kubernetes/deployment.yaml", "drop: [ALL]", "drop: [NET_RAW]", "kubernetes"),
         ("deploy/claviger.service", "LimitCORE=0", "LimitCORE=infinity", "systemd"),
+        ("deploy/rotations/jwt.toml", "[jwt-secret]", "[jwt]", "rotations"),
     ];
     for (file, from, to, _) in faults {
         let path = top.path().join(file);

@@ -15,6 +15,7 @@
 
 mod audit;
 mod audit_keys;
+mod audit_reserve;
 mod aws;
 mod broker;
 mod cache;
@@ -34,8 +35,12 @@ mod leaks;
 mod limits;
 mod logs;
 mod policy;
+mod postgresql;
 mod proto;
 mod python_client;
+mod rotation_chaos;
+mod rotation_model;
+mod rotation_service;
 mod soak;
 mod store_conformance;
 mod support;

@@ -13,6 +13,7 @@ mod door;
 mod health;
 mod keys;
 mod policies;
+mod rotations;
 mod secrets;
 mod status;
 mod tokens;
@@ -35,6 +36,7 @@ use v1::audit_service_server::AuditServiceServer;
 use v1::cache_service_server::CacheServiceServer;
 use v1::key_service_server::KeyServiceServer;
 use v1::policy_service_server::PolicyServiceServer;
+use v1::rotation_service_server::RotationServiceServer;
 use v1::secret_service_server::SecretServiceServer;
 use v1::token_service_server::TokenServiceServer;
 
@@ -84,6 +86,7 @@ pub(super) fn router(
     let policies = policies::PolicyQuestions::new(Arc::clone(broker), changes.clone());
     let keys = keys::KeyAdministration::new(Arc::clone(broker), changes.clone(), shutdown.clone());
     let caches = caches::CacheAdministration::new(Arc::clone(broker), changes.clone());
+    let rotations = rotations::RotationDoor::new(Arc::clone(broker), Arc::clone(&house.rotations), changes.clone());
     let audit = audit::AuditReading::new(Arc::clone(broker), shutdown);
     let health = health::service(Arc::clone(&house.health), door::services());
     let reflection = tonic_reflection::server::Builder::configure()
@@ -107,6 +110,7 @@ pub(super) fn router(
         .add_service(TokenServiceServer::new(tokens).max_decoding_message_size(bytes))
         .add_service(KeyServiceServer::new(keys).max_decoding_message_size(bytes))
         .add_service(CacheServiceServer::new(caches).max_decoding_message_size(bytes))
+        .add_service(RotationServiceServer::new(rotations).max_decoding_message_size(bytes))
         .add_service(health)
         .add_service(reflection))
 }

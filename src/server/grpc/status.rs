@@ -56,8 +56,11 @@ const fn code(reason: Reason) -> Code {
         | Reason::SecretNotFound
         | Reason::VersionNotFound
         | Reason::TokenNotFound
+        | Reason::RotationNotFound
         | Reason::FieldNotFound => Code::NotFound,
         Reason::ApprovalRequired
+        | Reason::RotationBlocked
+        | Reason::RotationTooSoon
         | Reason::SecretDeleted
         | Reason::NotAnObject
         | Reason::StoreDenied
@@ -70,6 +73,7 @@ const fn code(reason: Reason) -> Code {
         Reason::StoreUnavailable
         | Reason::StoreThrottled
         | Reason::AuditUnavailable
+        | Reason::RotationUnfinished
         | Reason::Unavailable => Code::Unavailable,
         Reason::Tampered | Reason::AuditBroken => Code::DataLoss,
         Reason::Unsupported => Code::Unimplemented,

@@ -3,6 +3,7 @@
 pub mod assembled;
 pub mod certificates;
 pub mod moto;
+pub mod postgresql;
 pub mod program;
 
 use std::path::Path;

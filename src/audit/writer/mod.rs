@@ -10,7 +10,12 @@
 //! - it is acknowledged as a whole or not at all, and where it is not, nothing of it stays in the file;
 //! - the chain's head moves only with an acknowledged batch;
 //! - before each, the file is checked to be the one that was written, as it was left;
-//! - a key signs from the batch on that its handover is in, and not before that is acknowledged.
+//! - a key signs from the batch on that its handover is in, and not before that is acknowledged;
+//! - what is reserved is still there behind it, but for what it wrote of that itself: see `reserve`. Where that can't be,
+//!   the records that have no claim are refused, and what is left is a batch.
+
+mod draft;
+mod space;
 
 use std::mem;
 use std::sync::atomic::Ordering::Relaxed;
@@ -19,15 +24,16 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
+use self::draft::{Draft, Drafted, Level, Part, Tally, Written};
 use super::chain::{Fields, Head, Lines, Notice};
-use super::checkpoint::{Checkpoint, SigningKey, Statement};
+use super::checkpoint::SigningKey;
 use super::expected;
 use super::figures::{LOOK_EVERY, Room};
 use super::log::{Settings, Shared};
-use super::queue::{Phase, Queue, Waiter, Work};
+use super::queue::{Answer, Phase, Queue, Waiter, Work};
 use super::resume::{Resumed, resume};
 use super::segment::{Folder, Segment, list, unavailable};
-use super::{Anchor, AuditError, CHECKPOINT_EVERY, CHECKPOINT_WITHIN, SYNC_WITHIN};
+use super::{Anchor, AuditError, CHECKPOINT_WITHIN, SYNC_WITHIN};
 use crate::clock::SharedClock;
 
 /// How long a log that can't be written waits before it tries by itself.
@@ -36,41 +42,6 @@ const RETRY_EVERY: Duration = Duration::from_secs(1);
 const COMPLAIN_EVERY: Duration = Duration::from_secs(10);
 /// How many groups a batch keeps memory for.
 const USUAL_BATCH: usize = 4_096;
-
-/// How far a batch must go before it is acknowledged.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Level {
-    Written,
-    Synced,
-    /// Synced, and with a checkpoint at its end.
-    Signed,
-}
-
-/// Where the chain stands, as far as acknowledged.
-#[derive(Debug, Clone, Copy)]
-struct Tally {
-    head: Head,
-    /// How many records follow the last checkpoint, and since when.
-    unsigned: u64,
-    unsigned_since: Option<Duration>,
-    /// Never falls, but by a loss that is accepted at the start: a store from the past is not vouched for.
-    generation: u64,
-    /// The newest checkpoint, until it is known to be on the disk and told.
-    checkpoint: Option<Head>,
-}
-
-/// A batch as lines that are not written yet.
-struct Drafted {
-    tally: Tally,
-    written: Written,
-}
-
-/// A batch that is written.
-struct Written {
-    /// The sequence of each group's last record.
-    sequences: Vec<u64>,
-    at: Timestamp,
-}
 
 /// See the module.
 pub(super) struct Writer {
@@ -90,6 +61,8 @@ pub(super) struct Writer {
     retention_due: bool,
     room: Room,
     look_at: Duration,
+    /// Whether nothing can be appended any more.
+    is_ending: bool,
     is_troubled: bool,
     retry_at: Duration,
     complained_at: Option<Duration>,
@@ -141,6 +114,7 @@ impl Writer {
             retention_due: true,
             room: Room::Ample,
             look_at: Duration::ZERO,
+            is_ending: false,
             is_troubled: false,
             retry_at: Duration::ZERO,
             complained_at: None,
@@ -176,6 +150,8 @@ impl Writer {
             if !batch.is_empty() {
                 self.serve(&mut batch);
             }
+            // From then on, what was reserved serves the log's own last words.
+            self.is_ending = phase != Phase::Open;
             match phase {
                 Phase::Open => self.tick(),
                 Phase::Closing => {
@@ -185,20 +161,71 @@ impl Writer {
                 Phase::Abandoned | Phase::Closed | Phase::Failed => break self.say(Level::Synced),
             }
         };
+        self.give_back();
         // The folder is free before anyone is told.
         drop(self);
         shared.queue.finish(&result);
     }
 
     fn serve(&mut self, batch: &mut Vec<Work>) {
-        let level = if batch.iter().any(Work::is_durable) { Level::Synced } else { Level::Written };
-        let result = self.commit(batch, level);
-        if let Ok(written) = &result {
-            self.succeed(batch, written.at);
+        if batch.iter().any(|work| work.is_reserve() || work.claim().is_some()) {
+            self.serve_each(batch);
+        } else {
+            let result = self.commit(batch, Part::All.level(batch));
+            if let Ok(written) = &result {
+                self.succeed(batch, written.at);
+            }
+            self.shared.queue.settle(&mut self.waiters, result.map(|written| written.sequences));
         }
-        self.shared.queue.settle(&mut self.waiters, result.map(|written| written.sequences));
         batch.clear();
         batch.shrink_to(USUAL_BATCH);
+    }
+
+    /// Serves a batch in which space is asked for, or was: each of it has an answer of its own.
+    fn serve_each(&mut self, batch: &mut Vec<Work>) {
+        let grants: Vec<_> = batch.iter().map(|work| self.grant(work)).collect();
+        let (result, refused) = self.commit_each(batch);
+        let outcomes: Vec<Answer> = match &result {
+            Ok(written) => written.sequences.iter().copied().map(Ok).collect(),
+            Err(error) => vec![Err(error.clone()); batch.len()],
+        };
+        let mut answers = Vec::with_capacity(batch.len());
+        for ((work, grant), outcome) in batch.iter_mut().zip(grants).zip(outcomes) {
+            let answer = match &refused {
+                _ if work.is_reserve() => grant.map(|()| 0),
+                Some(error) if work.claim().is_none() => Err(error.clone()),
+                _ => outcome,
+            };
+            // One that was not written goes back before its caller can try again.
+            if let Some(claim) = work.take_claim()
+                && answer.is_ok()
+            {
+                claim.spend();
+            }
+            answers.push(answer);
+        }
+        if let (Ok(written), None) = (&result, &refused) {
+            self.succeed(batch, written.at);
+        }
+        self.shared.queue.settle_each(&mut self.waiters, answers);
+    }
+
+    /// Writes a batch; where that fails, at least what space was reserved for. Gives why the others were refused then.
+    fn commit_each(&mut self, batch: &[Work]) -> (Result<Written, AuditError>, Option<AuditError>) {
+        let is_ordinary = |work: &Work| work.claim().is_none() && !work.is_reserve();
+        match self.try_commit(batch, Part::All, Part::All.level(batch)) {
+            Err(error) if batch.iter().any(|work| work.claim().is_some()) => {
+                self.note(Some(&error));
+                (self.try_commit(batch, Part::Claimed, Part::Claimed.level(batch)), Some(error))
+            }
+            result => {
+                // A record that has its own space does not show that others have some.
+                if result.is_err() || batch.iter().any(is_ordinary) {
+                    self.note(result.as_ref().err());
+                }
+                (result, None)
+            }
+        }
     }
 
     /// Puts the keys in force that a batch handed over to.
@@ -224,6 +251,7 @@ impl Writer {
 
     /// What time alone makes due.
     fn tick(&mut self) {
+        self.give_back();
         if mem::take(&mut self.retention_due)
             && let Err(error) = self.retain()
         {
@@ -265,17 +293,22 @@ impl Writer {
 
     /// Writes what is pending and a batch.
     fn commit(&mut self, batch: &[Work], level: Level) -> Result<Written, AuditError> {
-        let result = self.try_commit(batch, level);
+        let result = self.try_commit(batch, Part::All, level);
         self.note(result.as_ref().err());
         result
     }
 
-    fn try_commit(&mut self, batch: &[Work], level: Level) -> Result<Written, AuditError> {
+    fn try_commit(&mut self, batch: &[Work], part: Part, level: Level) -> Result<Written, AuditError> {
         self.hold_segment()?;
-        let Drafted { tally, written } = self.draft(batch, level)?;
-        self.make_room()?;
+        let Drafted { tally, written } = self.draft(batch, part, level)?;
         // What the log says about itself waits for no one.
         let sync = level != Level::Written || !self.pending.is_empty();
+        if self.lines.bytes().is_empty() && !sync {
+            return Ok(written);
+        }
+        let space = self.space(batch, part);
+        self.make_room(space)?;
+        self.keep_reserve(space, part)?;
         let appended = self.segment.append(self.lines.bytes(), sync);
         appended.map_err(|error| unavailable(self.segment.path(), &error))?;
         self.shared.queue.counters.segment_bytes.store(self.segment.len(), Relaxed);
@@ -310,7 +343,7 @@ impl Writer {
     }
 
     /// Encodes and chains; nothing but `lines` changes.
-    fn draft(&mut self, batch: &[Work], level: Level) -> Result<Drafted, AuditError> {
+    fn draft(&mut self, batch: &[Work], part: Part, level: Level) -> Result<Drafted, AuditError> {
         self.lines.clear();
         let at = self.clock.now();
         let mut draft = Draft {
@@ -326,24 +359,10 @@ impl Writer {
         }
         let mut sequences = Vec::with_capacity(batch.len());
         for work in batch {
-            sequences.push(draft.work(work)?);
+            sequences.push(if part.takes(work) { draft.work(work)? } else { 0 });
         }
         draft.finish(level)?;
         Ok(Drafted { tally: draft.tally, written: Written { sequences, at } })
-    }
-
-    /// Begins the next segment where the drafted lines don't fit into this one.
-    fn make_room(&mut self) -> Result<(), AuditError> {
-        let drafted = u64::try_from(self.lines.bytes().len()).unwrap_or(u64::MAX);
-        let held = self.segment.len();
-        if drafted == 0 || held == 0 || held.saturating_add(drafted) <= self.settings.segment_bytes {
-            return Ok(());
-        }
-        self.segment.sync().map_err(|error| unavailable(self.segment.path(), &error))?;
-        self.unsynced_since = None;
-        self.segment = self.folder.create(self.tally.head.seq + 1)?;
-        self.retention_due = true;
-        Ok(())
     }
 
     fn tell_checkpoint(&mut self) {
@@ -414,67 +433,5 @@ struct Failure<'a>(&'a Queue);
 impl Drop for Failure<'_> {
     fn drop(&mut self) {
         self.0.fail();
-    }
-}
-
-/// A batch under construction.
-struct Draft<'a> {
-    lines: &'a mut Lines,
-    settings: &'a Settings,
-    key: &'a SigningKey,
-    tally: Tally,
-    time: String,
-    now: Duration,
-}
-
-impl<'a> Draft<'a> {
-    /// Adds what a caller asks for; gives the sequence of its last record.
-    fn work(&mut self, work: &'a Work) -> Result<u64, AuditError> {
-        if let Work::Handover(next) = work {
-            return self.hand_over(next);
-        }
-        let mut last = 0;
-        for fields in work.fields() {
-            last = self.push(fields)?;
-        }
-        Ok(last)
-    }
-
-    /// Adds a record and, where it is time, a checkpoint; gives the record's sequence.
-    fn push(&mut self, fields: &Fields) -> Result<u64, AuditError> {
-        self.tally.head = self.lines.push(self.tally.head, &self.time, fields);
-        self.tally.unsigned += 1;
-        self.tally.unsigned_since.get_or_insert(self.now);
-        let sequence = self.tally.head.seq;
-        if self.tally.unsigned >= CHECKPOINT_EVERY {
-            self.checkpoint(None)?;
-        }
-        Ok(sequence)
-    }
-
-    /// Adds the checkpoint that makes `next` the key in force, unless it is; gives the last record's sequence.
-    fn hand_over(&mut self, next: &'a SigningKey) -> Result<u64, AuditError> {
-        if next.verifying_key() != self.key.verifying_key() {
-            self.checkpoint(Some(next))?;
-            self.key = next;
-        }
-        Ok(self.tally.head.seq)
-    }
-
-    fn finish(&mut self, level: Level) -> Result<(), AuditError> {
-        let is_signed = self.tally.unsigned == 0 && !self.lines.bytes().is_empty();
-        let waited = self.tally.unsigned_since.map(|since| self.now.saturating_sub(since));
-        let is_due = waited.is_some_and(|waited| waited >= CHECKPOINT_WITHIN);
-        if is_due || (level == Level::Signed && !is_signed) { self.checkpoint(None) } else { Ok(()) }
-    }
-
-    fn checkpoint(&mut self, next: Option<&SigningKey>) -> Result<(), AuditError> {
-        let Tally { head, generation, .. } = self.tally;
-        let generation = generation.max((self.settings.generation)());
-        let statement = Statement { instance: &self.settings.instance, head, generation, time: &self.time };
-        let notice = Notice::Checkpoint(Checkpoint::new(&statement, self.key, next));
-        let head = self.lines.push(head, &self.time, &Fields::of_notice(&notice)?);
-        self.tally = Tally { head, unsigned: 0, unsigned_since: None, generation, checkpoint: Some(head) };
-        Ok(())
     }
 }

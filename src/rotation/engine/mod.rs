@@ -1,0 +1,603 @@
+//! Carries a run on: takes the lease, asks the machine what is next, does it, tells the machine what became of it.
+//!
+//! ```text
+//! run ─▶ turn at the target, place of few ─▶ ledger: lease, fence ─▶ broker: grants, space in the log
+//!                                                    │
+//!      ┌─────────────── one event ◀──────────────────┤
+//!      ▼                                             │
+//!   machine ─── one effect ─▶ lease still ours? ─▶ work: broker, rotator, ledger, each within a bound
+//!      │
+//!      └─ Rest, Ended ─▶ record: backoff, trouble, history, next time ─▶ lease given back
+//! ```
+//!
+//! INVARIANT: no effect begins unless the lease is live by this process's own clock, with time left for the effect. What
+//! a pause defeats of that, the fence at the target and the compare-and-swaps of record and labels make good.
+
+mod work;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use jiff::Timestamp;
+use tokio::sync::{Semaphore, watch};
+
+use self::work::Work;
+use super::definition::Definition;
+use super::ledger::{Begin, Ledger, Lease, Saved, Taken};
+use super::machine::{Activation, Block, Effect, Ending, Event, Phase, Rest, Traits};
+use super::record::{Rotation, Run};
+use super::{Failure, Trouble, schedule};
+use crate::broker::{self, Broker, Call};
+use crate::clock::SharedClock;
+use crate::crypto::random;
+use crate::environment::Environment;
+use crate::identity::Principal;
+use crate::secret::{SecretId, VersionId};
+
+/// The group that policies know the engine by.
+pub const PRINCIPAL: &str = "rotation-engine";
+
+/// How the engine works.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Settings {
+    /// The first failure is tried again within this.
+    pub retry_from: Duration,
+    /// And however many there were, within this. What needs a person is looked at again this rarely.
+    pub retry_to: Duration,
+    /// How many runs are worked on at once.
+    pub concurrency: usize,
+    /// How long a run belongs to one who gives no sign of life.
+    pub lease: Duration,
+    /// How long one step may take. What takes longer is not waited for, and counts as not known.
+    pub step: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            retry_from: Duration::from_secs(5),
+            retry_to: Duration::from_secs(3_600),
+            concurrency: 8,
+            lease: Duration::from_secs(60),
+            step: Duration::from_secs(20),
+        }
+    }
+}
+
+/// When a run may begin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum When {
+    /// If it is due; a run in progress is taken up if it is time.
+    IfDue,
+    /// Now, however long the schedule has yet to go; a run in progress is taken up at once.
+    Now,
+}
+
+/// What is asked of the engine, and by whom.
+#[derive(Debug, Clone)]
+pub struct Order {
+    /// `schedule`, or the principal.
+    pub asked_by: String,
+    /// The request that it was asked with.
+    pub request_id: Option<String>,
+    /// When.
+    pub when: When,
+}
+
+/// What is told of a run while it goes on.
+#[derive(Debug, Clone)]
+pub enum Told {
+    /// A phase begins.
+    Phase {
+        /// The pending version.
+        token: Option<VersionId>,
+        /// The phase.
+        phase: Phase,
+    },
+    /// A step begins, or was made: the finest that can be told, for who wants to know exactly where a run stands.
+    Step {
+        /// What it does.
+        step: &'static str,
+        /// Whether it was made, whatever came of it.
+        made: bool,
+    },
+    /// It is over, for now or for good.
+    Over(Over),
+}
+
+/// How an activation came out.
+#[derive(Debug, Clone)]
+pub enum Over {
+    /// The run is over.
+    Ended {
+        /// How.
+        ending: Ending,
+        /// The pending version, where one was claimed.
+        token: Option<VersionId>,
+    },
+    /// Someone else works on it.
+    InProgress {
+        /// The pending version, where one was claimed.
+        token: Option<VersionId>,
+        /// How far it may be.
+        phase: Phase,
+    },
+    /// It is tried again later; where the trouble needs a person, it is blocked.
+    Unfinished {
+        /// The pending version, where one was claimed.
+        token: Option<VersionId>,
+        /// Why.
+        failure: Failure,
+        /// When.
+        retry_at: Timestamp,
+    },
+    /// It is not due.
+    Skipped {
+        /// When it is.
+        until: Timestamp,
+    },
+    /// The last rotation is too fresh: users may hold the value before it.
+    TooSoon {
+        /// When the next one may begin.
+        until: Timestamp,
+    },
+    /// It is paused.
+    Paused,
+    /// It could not be begun.
+    Refused(Failure),
+    /// No rotation is set for this secret.
+    NotSet,
+}
+
+/// Carries runs on.
+pub struct Engine {
+    broker: Arc<Broker>,
+    ledger: Arc<Ledger>,
+    clock: SharedClock,
+    settings: Settings,
+    places: Semaphore,
+    targets: Mutex<BTreeMap<String, Arc<tokio::sync::Mutex<()>>>>,
+    pace: Mutex<Duration>,
+    stopping: watch::Receiver<bool>,
+}
+
+impl Engine {
+    /// An engine. It begins nothing new, and stops at the next phase boundary, once `stopping` says true.
+    #[must_use]
+    pub fn new(
+        broker: Arc<Broker>,
+        ledger: Arc<Ledger>,
+        clock: SharedClock,
+        settings: Settings,
+        stopping: watch::Receiver<bool>,
+    ) -> Self {
+        Self {
+            broker,
+            ledger,
+            clock,
+            settings,
+            places: Semaphore::new(settings.concurrency),
+            targets: Mutex::default(),
+            pace: Mutex::default(),
+            stopping,
+        }
+    }
+
+    /// Where records and leases are.
+    #[must_use]
+    pub const fn ledger(&self) -> &Arc<Ledger> {
+        &self.ledger
+    }
+
+    /// How it works.
+    #[must_use]
+    pub const fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// The time.
+    #[must_use]
+    pub const fn clock(&self) -> &SharedClock {
+        &self.clock
+    }
+
+    /// At least so long lies between two rotations of a secret: the environment's longest time to live, plus the grace
+    /// that the definition gives to whoever holds values beyond it.
+    #[must_use]
+    pub fn gap(&self, id: &SecretId, definition: &Definition) -> Duration {
+        let declared = self.broker.registry().get(&id.environment);
+        declared.map(|declared| longest_ttl(declared)).unwrap_or_default() + definition.grace
+    }
+
+    /// One activation: begins a run or takes one up, and carries it on until it is over, fails, or the broker ends.
+    /// `tell` hears of each phase as it begins, and of how it came out.
+    pub async fn run(&self, id: &SecretId, order: &Order, tell: &(dyn Fn(Told) + Send + Sync)) -> Over {
+        let over = self.activate(id, order, tell).await.unwrap_or_else(Over::Refused);
+        tell(Told::Over(over.clone()));
+        over
+    }
+
+    /// Whether the broker ends.
+    #[must_use]
+    pub fn is_stopping(&self) -> bool {
+        *self.stopping.borrow()
+    }
+
+    /// The turn at the target comes before the place, so that those who wait for one target hold up no other; and both
+    /// before the lease, which runs.
+    async fn activate(
+        &self,
+        id: &SecretId,
+        order: &Order,
+        tell: &(dyn Fn(Told) + Send + Sync),
+    ) -> Result<Over, Failure> {
+        let Some(rotation) = self.ledger.get(id).await? else { return Ok(Over::NotSet) };
+        let definition = rotation.run.as_ref().map_or(&rotation.definition, |run| &run.definition);
+        let turn = definition.rotator()?.target().map(|target| self.turn(target));
+        let _turn = match &turn {
+            Some(turn) => Some(turn.lock().await),
+            None => None,
+        };
+        let _place = self.places.acquire().await.map_err(|_| stopping())?;
+        if self.is_stopping() {
+            return Err(stopping());
+        }
+        let together = self.together(id, &rotation).await?;
+        let taken = self.ledger.take(id, |rotation| self.begin(id, order, together, rotation)).await?;
+        let (lease, rotation) = match taken {
+            Taken::Mine(lease, rotation) => (lease, rotation),
+            Taken::No(over) => return Ok(over),
+            Taken::Missing => return Ok(Over::NotSet),
+            Taken::Busy(rotation) => return Ok(in_progress(rotation.as_ref())),
+        };
+        let over = self.carry_on(&lease, rotation, order, tell).await;
+        self.ledger.release(lease).await;
+        over
+    }
+
+    /// When another member of the secret's group may have begun so long ago that this one may.
+    async fn together(&self, id: &SecretId, rotation: &Rotation) -> Result<Option<Timestamp>, Failure> {
+        let Some(group) = &rotation.definition.group else { return Ok(None) };
+        let began = self.ledger.group_began(&id.environment, group).await?;
+        // One's own last run is no reason to wait: the gap between one's own is looked at anyway.
+        let began = began.filter(|(_, by)| *by != id.name).map(|(at, _)| at);
+        Ok(began.map(|at| later(at, self.gap(id, &rotation.definition))))
+    }
+
+    /// What to make of a record as it is: a run that is taken up or begun, or why not.
+    fn begin(
+        &self,
+        id: &SecretId,
+        order: &Order,
+        together: Option<Timestamp>,
+        mut rotation: Rotation,
+    ) -> Begin<Over> {
+        let now = self.clock.now();
+        let until = later(now, self.settings.lease);
+        if let Some(run) = &mut rotation.run {
+            let waits = run.not_before > now && !run.abort;
+            return match order.when {
+                When::IfDue if waits => Begin::No(Over::Skipped { until: run.not_before }),
+                When::Now if waits && run.phase() == Phase::Retire => {
+                    Begin::No(Over::TooSoon { until: run.not_before })
+                }
+                _ => {
+                    run.not_before = until;
+                    Begin::Run(rotation)
+                }
+            };
+        }
+        if let Some(over) = self.not_now(id, order.when, together, &rotation, now) {
+            return Begin::No(over);
+        }
+        let mut run = Run::new(rotation.definition.clone(), order.asked_by.clone(), now);
+        run.not_before = until;
+        rotation.run = Some(run);
+        Begin::Run(rotation)
+    }
+
+    /// Why no new run may begin, if none may.
+    fn not_now(
+        &self,
+        id: &SecretId,
+        when: When,
+        together: Option<Timestamp>,
+        rotation: &Rotation,
+        now: Timestamp,
+    ) -> Option<Over> {
+        let gap = self.gap(id, &rotation.definition);
+        // A rotation in the future was made before the clock was set back: how long ago is not known, but the schedule
+        // sees to it that it is not counted twice.
+        let apart = rotation.rotated_at.filter(|at| *at <= now).map(|at| later(at, gap));
+        let free_at = apart.into_iter().chain(together).max();
+        match when {
+            When::IfDue if rotation.paused => Some(Over::Paused),
+            When::Now if rotation.paused => Some(Over::Paused),
+            When::IfDue if rotation.next_at > now => Some(Over::Skipped { until: rotation.next_at }),
+            When::IfDue => free_at.filter(|at| *at > now).map(|until| Over::Skipped { until }),
+            When::Now => free_at.filter(|at| *at > now).map(|until| Over::TooSoon { until }),
+        }
+    }
+
+    /// An activation under a lease. A record is left in good order whatever happens, or the lease ends by itself and
+    /// whoever comes next finds the run as it was saved last.
+    async fn carry_on(
+        &self,
+        lease: &Lease,
+        rotation: Rotation,
+        order: &Order,
+        tell: &(dyn Fn(Told) + Send + Sync),
+    ) -> Result<Over, Failure> {
+        let Some(run) = rotation.run.clone() else { return Err(defect("a lease without a run")) };
+        if let Some(group) = &run.definition.group {
+            self.ledger.note_group(lease.id(), group).await?;
+        }
+        let held = self.hold(lease, &run, order).await;
+        let (rotator, held) = match held {
+            Ok(held) => held,
+            Err(failure) => return self.rest(lease, failure).await,
+        };
+        let traits = Traits {
+            has_target: rotator.has_target(),
+            repairs: run.definition.repair,
+            retires: run.definition.retire_after.is_some() && rotator.can_retire(),
+        };
+        let mut work = Work::new(self, lease, rotator, held, rotation);
+        let effect = self.drive(&mut work, traits, run, tell).await;
+        self.conclude(lease, work.into_failure(), effect).await
+    }
+
+    /// Lets the machine run until it has nothing more to ask; gives its last word.
+    async fn drive(
+        &self,
+        work: &mut Work<'_>,
+        traits: Traits,
+        run: Run,
+        tell: &(dyn Fn(Told) + Send + Sync),
+    ) -> Effect<VersionId> {
+        let mut run = run;
+        loop {
+            let offered = VersionId::generate();
+            let (mut machine, mut effect) =
+                Activation::begin(traits, run.progress.clone(), offered, run.abort);
+            while !matches!(effect, Effect::Rest(_) | Effect::Ended(_)) {
+                tell(Told::Step { step: name_of(&effect), made: false });
+                let event = self.perform(work, &effect).await;
+                tell(Told::Step { step: name_of(&effect), made: true });
+                if let (Effect::Save(progress), Event::Saved { .. }) = (&effect, &event) {
+                    tell(Told::Phase { token: Some(progress.token.clone()), phase: progress.phase });
+                    if self.is_stopping() {
+                        work.fail(stopping());
+                        return Effect::Rest(Rest::Failed);
+                    }
+                }
+                (machine, effect) = machine.next(event);
+            }
+            // Another value may do: at once, under the same lease, with a token of its own.
+            match effect {
+                Effect::Ended(Ending::Discarded) => match work.discarded().await {
+                    Ok(true) => run.progress = None,
+                    Ok(false) => return Effect::Rest(Rest::Blocked(Block::ValueRefused)),
+                    Err(failure) => {
+                        work.fail(failure);
+                        return Effect::Rest(Rest::Failed);
+                    }
+                },
+                last => return last,
+            }
+        }
+    }
+
+    /// One effect, if the lease is still ours, within its bound.
+    async fn perform(&self, work: &mut Work<'_>, effect: &Effect<VersionId>) -> Event<VersionId> {
+        match work.keep_lease().await {
+            Ok(true) => {}
+            Ok(false) => return Event::Lost,
+            Err(failure) => {
+                work.fail(failure);
+                return Event::Failed;
+            }
+        }
+        if let Ok(event) = tokio::time::timeout(self.settings.step, work.perform(effect)).await {
+            return event.unwrap_or_else(|failure| {
+                work.fail(failure);
+                Event::Failed
+            });
+        }
+        let message = format!("{} took longer than {:?}", name_of(effect), self.settings.step);
+        work.fail(Failure::new(Trouble::Unanswered, message));
+        Event::Failed
+    }
+
+    /// Writes down how an activation came out.
+    async fn conclude(
+        &self,
+        lease: &Lease,
+        failure: Option<Failure>,
+        effect: Effect<VersionId>,
+    ) -> Result<Over, Failure> {
+        let unknown = || defect("a step failed without a reason");
+        match effect {
+            Effect::Ended(ending) => self.end(lease, ending).await,
+            Effect::Rest(Rest::UntilRetirement) => self.await_retirement(lease).await,
+            Effect::Rest(Rest::Lost) => {
+                Ok(in_progress(self.ledger.get(lease.id()).await.ok().flatten().as_ref()))
+            }
+            Effect::Rest(Rest::Blocked(block)) => self.rest(lease, blocked(block, failure)).await,
+            _ => self.rest(lease, failure.unwrap_or_else(unknown)).await,
+        }
+    }
+
+    async fn end(&self, lease: &Lease, ending: Ending) -> Result<Over, Failure> {
+        let now = self.clock.now();
+        let mut token = None;
+        let saved = self
+            .ledger
+            .save(lease, |rotation| {
+                token = claimed(rotation);
+                rotation.ended(ending, now);
+                let gap = self.gap(lease.id(), &rotation.definition);
+                rotation.next_at = schedule::next_at(&rotation.definition.schedule, now, gap);
+            })
+            .await?;
+        match saved {
+            Saved::Done(_) => Ok(Over::Ended { ending, token }),
+            Saved::Lost => Ok(in_progress(self.ledger.get(lease.id()).await?.as_ref())),
+        }
+    }
+
+    /// AWSCURRENT has moved, which is what was asked for; what is left is for later.
+    async fn await_retirement(&self, lease: &Lease) -> Result<Over, Failure> {
+        let mut token = None;
+        let saved = self
+            .ledger
+            .save(lease, |rotation| {
+                token = claimed(rotation);
+                if let Some(run) = &mut rotation.run {
+                    let after = run.definition.retire_after.unwrap_or_default();
+                    run.not_before = later(run.promoted_at.unwrap_or(run.not_before), after);
+                    (run.attempt, run.failure) = (0, None);
+                }
+            })
+            .await?;
+        match saved {
+            Saved::Done(_) => Ok(Over::Ended { ending: Ending::Rotated, token }),
+            Saved::Lost => Ok(in_progress(self.ledger.get(lease.id()).await?.as_ref())),
+        }
+    }
+
+    /// Leaves the run for later, with the reason.
+    async fn rest(&self, lease: &Lease, failure: Failure) -> Result<Over, Failure> {
+        let now = self.clock.now();
+        let (mut token, mut retry_at) = (None, now);
+        let saved = self
+            .ledger
+            .save(lease, |rotation| {
+                token = claimed(rotation);
+                if let Some(run) = &mut rotation.run {
+                    if failure.trouble != Trouble::Stopping {
+                        run.attempt = run.attempt.saturating_add(1);
+                    }
+                    run.not_before = later(now, self.backoff(&failure, run.attempt));
+                    retry_at = run.not_before;
+                    run.failure = Some(failure.clone());
+                }
+            })
+            .await?;
+        match saved {
+            Saved::Done(_) => Ok(Over::Unfinished { token, failure, retry_at }),
+            Saved::Lost => Ok(in_progress(self.ledger.get(lease.id()).await?.as_ref())),
+        }
+    }
+
+    /// Full jitter: anything between nothing and a bound that doubles with each failure, so that those who failed
+    /// together don't come back together. What needs a person waits for most of the longest time.
+    fn backoff(&self, failure: &Failure, attempt: u32) -> Duration {
+        let Settings { retry_from, retry_to, .. } = self.settings;
+        if failure.trouble == Trouble::Stopping {
+            return Duration::ZERO;
+        }
+        let share = f64::from(u32::from_be_bytes(random::<4>().unwrap_or_default())) / f64::from(u32::MAX);
+        if failure.trouble.needs_a_person() {
+            return retry_to.mul_f64(0.5 + share / 2.0);
+        }
+        let bound = retry_from.saturating_mul(2_u32.saturating_pow(attempt.saturating_sub(1).min(30)));
+        // Not at once: what failed a moment ago fails again.
+        (bound.min(retry_to)).mul_f64(share).max(retry_from / 10)
+    }
+
+    async fn hold(
+        &self,
+        lease: &Lease,
+        run: &Run,
+        order: &Order,
+    ) -> Result<(Arc<dyn super::rotators::Rotator>, broker::Held), Failure> {
+        let rotator = run.definition.rotator()?;
+        let request = order.request_id.as_deref().map(|id| format!(" in request {id}")).unwrap_or_default();
+        let reason = format!("asked by {}{request}; fence {}", run.asked_by, lease.fence());
+        let call = Call::internal(Principal::internal(PRINCIPAL, [PRINCIPAL]), &reason);
+        let (id, admin) = (lease.id().clone(), rotator.admin().cloned());
+        Ok((rotator, self.broker.hold(broker::Run { call, id, admin }).await?))
+    }
+
+    /// The turn at a target: one change at a time is made there.
+    fn turn(&self, target: String) -> Arc<tokio::sync::Mutex<()>> {
+        let mut targets = self.targets.lock().unwrap_or_else(PoisonError::into_inner);
+        targets.retain(|_, turn| Arc::strong_count(turn) > 1);
+        Arc::clone(targets.entry(target).or_default())
+    }
+
+    /// How long a change in AWS has to wait: its quota of changes is 50 a second for the account (AWS Secrets Manager
+    /// quotas), of which half is left to others.
+    fn turn_in_aws(&self) -> Duration {
+        const EVERY: Duration = Duration::from_millis(40);
+        let now = self.clock.monotonic();
+        let mut free_at = self.pace.lock().unwrap_or_else(PoisonError::into_inner);
+        let mine = (*free_at).max(now);
+        *free_at = mine + EVERY;
+        mine.saturating_sub(now)
+    }
+}
+
+impl fmt::Debug for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Engine").field("settings", &self.settings).finish_non_exhaustive()
+    }
+}
+
+/// How long a value that is not current any more may be answered from a cache that has not heard of it, by another
+/// broker or a client: the time to live, which caches stretch by a tenth at most.
+fn longest_ttl(environment: &Environment) -> Duration {
+    environment.ttl + environment.ttl / 10
+}
+
+fn later(at: Timestamp, by: Duration) -> Timestamp {
+    at.saturating_add(by).unwrap_or(Timestamp::MAX)
+}
+
+fn claimed(rotation: &Rotation) -> Option<VersionId> {
+    rotation.run.as_ref()?.progress.as_ref().map(|progress| progress.token.clone())
+}
+
+fn in_progress(rotation: Option<&Rotation>) -> Over {
+    let phase = rotation.and_then(|rotation| rotation.run.as_ref()).map_or(Phase::Create, Run::phase);
+    Over::InProgress { token: rotation.and_then(claimed), phase }
+}
+
+fn blocked(block: Block, failure: Option<Failure>) -> Failure {
+    let trouble = match block {
+        Block::CurrentRejected => Trouble::CurrentRejected,
+        Block::LockedOut => Trouble::LockedOut,
+        Block::Unverifiable => Trouble::Unverifiable,
+        Block::ValueRefused => Trouble::ValueRefused,
+    };
+    let message = failure.map_or_else(|| trouble.code().to_owned(), |failure| failure.message);
+    Failure::new(trouble, message)
+}
+
+const fn name_of(effect: &Effect<VersionId>) -> &'static str {
+    match effect {
+        Effect::Look => "reading the labels",
+        Effect::Save(_) => "saving the run",
+        Effect::Create(_) => "writing the pending value",
+        Effect::Read(_) => "reading the pending value back",
+        Effect::Probe(_) => "a login at the target",
+        Effect::Set => "setting the value at the target",
+        Effect::Test => "testing the value at the target",
+        Effect::Promote(_) => "moving AWSCURRENT",
+        Effect::Bar => "raising the fence at the target",
+        Effect::Withdraw(_) | Effect::Keep(_) => "taking AWSPENDING away",
+        Effect::Retire(_) => "withdrawing what was current before",
+        Effect::Rest(_) | Effect::Ended(_) => "the end",
+    }
+}
+
+fn stopping() -> Failure {
+    Failure::new(Trouble::Stopping, "the broker is ending; the run goes on after its next start")
+}
+
+fn defect(problem: &str) -> Failure {
+    Failure::new(Trouble::Defect, problem)
+}

@@ -1,0 +1,477 @@
+//! The effects of the machine, done: at the store through the broker, at the target through the rotator, in the record
+//! through the ledger.
+
+use std::sync::Arc;
+
+use super::super::ledger::{Lease, Saved};
+use super::super::machine::{Effect, Event, Labels, Phase, Probe, Progress, Which};
+use super::super::record::{MOST_REFUSED, Rotation};
+use super::super::rotators::{self, Probed, Rotator, SetOutcome, TestOutcome};
+use super::super::{Failure, Trouble};
+use super::Engine;
+use crate::broker::{BrokerError, Held};
+use crate::error::{Reason, Reasoned as _};
+use crate::secret::{Label, SecretValue, Selector, VersionId};
+use crate::store::{Description, StoreError};
+
+/// What one activation works with. Values are here only as long as it lasts.
+pub(super) struct Work<'a> {
+    engine: &'a Engine,
+    lease: &'a Lease,
+    rotator: Arc<dyn Rotator>,
+    held: Held,
+    rotation: Rotation,
+    /// The versions that values below belong to.
+    current: Option<(VersionId, SecretValue)>,
+    pending: Option<(VersionId, SecretValue)>,
+    admin: Option<SecretValue>,
+    /// What was generated in this activation, until it is read back.
+    generated: Option<SecretValue>,
+    failure: Option<Failure>,
+}
+
+impl<'a> Work<'a> {
+    pub(super) fn new(
+        engine: &'a Engine,
+        lease: &'a Lease,
+        rotator: Arc<dyn Rotator>,
+        held: Held,
+        rotation: Rotation,
+    ) -> Self {
+        let (current, pending, admin, generated, failure) = (None, None, None, None, None);
+        Self { engine, lease, rotator, held, rotation, current, pending, admin, generated, failure }
+    }
+
+    /// Why the last step was not done.
+    pub(super) fn fail(&mut self, failure: Failure) {
+        self.failure = Some(failure);
+    }
+
+    pub(super) fn into_failure(self) -> Option<Failure> {
+        self.failure
+    }
+
+    /// Whether the run is still ours for at least one more step.
+    pub(super) async fn keep_lease(&self) -> Result<bool, Failure> {
+        let now = self.engine.clock.monotonic();
+        if self.lease.is_fresh(now) {
+            return Ok(true);
+        }
+        Ok(self.lease.is_live(now) && self.engine.ledger.renew(self.lease).await?)
+    }
+
+    /// The target refused a value. Whether another one is to be tried.
+    pub(super) async fn discarded(&mut self) -> Result<bool, Failure> {
+        (self.pending, self.generated) = (None, None);
+        let saved = self
+            .engine
+            .ledger
+            .save(self.lease, |rotation| {
+                rotation.refused = rotation.refused.saturating_add(1);
+                if let Some(run) = &mut rotation.run {
+                    run.progress = None;
+                }
+            })
+            .await?;
+        match saved {
+            Saved::Done(rotation) => {
+                self.rotation = rotation;
+                Ok(self.rotation.refused < MOST_REFUSED)
+            }
+            Saved::Lost => Err(Failure::new(Trouble::Unanswered, "another owner has the run")),
+        }
+    }
+
+    /// Does one effect.
+    pub(super) async fn perform(&mut self, effect: &Effect<VersionId>) -> Result<Event<VersionId>, Failure> {
+        match effect {
+            Effect::Look => self.look().await,
+            Effect::Save(progress) => self.save(progress).await,
+            Effect::Create(run) => self.create(run).await,
+            Effect::Read(token) => self.read(token).await,
+            Effect::Probe(which) => self.probe(*which).await,
+            Effect::Set => self.set().await,
+            Effect::Test => self.test().await,
+            Effect::Promote(run) => self.promote(run).await,
+            Effect::Bar => self.bar().await,
+            Effect::Withdraw(token) => self.withdraw(token, None).await,
+            Effect::Keep(token) => self.withdraw(token, Some(kept_under(token)?)).await,
+            Effect::Retire(run) => self.retire(run).await,
+            Effect::Rest(_) | Effect::Ended(_) => Ok(Event::Failed),
+        }
+    }
+
+    async fn look(&mut self) -> Result<Event<VersionId>, Failure> {
+        let description = self.engine.broker.rotation_look(&self.held).await?;
+        let id = self.lease.id();
+        if description.deletion_at.is_some() {
+            return Err(Failure::new(Trouble::SecretDeleted, StoreError::SecretDeleted(id.clone()).to_string()));
+        }
+        let Some(current) = holder(&description, &Label::Current) else {
+            return Err(Failure::new(Trouble::SecretMissing, format!("secret {id} has no current version")));
+        };
+        let pending = self.pending(&description, &current).await?;
+        let token_known = match self.token() {
+            Some(token) => self.is_known(&description, &token).await?,
+            None => false,
+        };
+        Ok(Event::Labels(Labels { current, pending, token_known }))
+    }
+
+    /// AWSPENDING, unless what carries it is from before AWSCURRENT: left behind by whoever rotated here earlier, it would
+    /// be taken for a value that is still to come, and an old one would be brought back.
+    async fn pending(
+        &self,
+        description: &Description,
+        current: &VersionId,
+    ) -> Result<Option<VersionId>, Failure> {
+        let of = |label: &Label| description.versions.iter().find(|version| version.labels.contains(label));
+        let (Some(pending), Some(now)) = (of(&Label::Pending), of(&Label::Current)) else { return Ok(None) };
+        let is_left_behind =
+            pending.created_at < now.created_at || pending.labels.contains(&Label::Previous);
+        if pending.id == *current || !is_left_behind || self.token().as_ref() == Some(&pending.id) {
+            return Ok(Some(pending.id.clone()));
+        }
+        let keep = Some(kept_under(&pending.id)?);
+        self.engine.broker.withdraw(&self.held, &pending.id, keep).await?;
+        Ok(None)
+    }
+
+    fn token(&self) -> Option<VersionId> {
+        super::claimed(&self.rotation)
+    }
+
+    /// A store need not describe a version that carries no label, but gives it by its id.
+    async fn is_known(&self, description: &Description, token: &VersionId) -> Result<bool, Failure> {
+        if description.versions.iter().any(|version| version.id == *token) {
+            return Ok(true);
+        }
+        match self.engine.broker.rotation_read(&self.held, &Selector::Version(token.clone())).await {
+            Ok(_) => Ok(true),
+            Err(error) if error.reason() == Reason::VersionNotFound => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    async fn save(&mut self, progress: &Progress<VersionId>) -> Result<Event<VersionId>, Failure> {
+        let engine = self.engine;
+        let now = engine.clock.now();
+        let until = super::later(now, engine.settings.lease);
+        let saved = engine
+            .ledger
+            .save(self.lease, |rotation| {
+                if let Some(run) = &mut rotation.run {
+                    run.progress = Some(progress.clone());
+                    run.not_before = until;
+                    if progress.phase == Phase::Retire {
+                        run.promoted_at = run.promoted_at.or(Some(now));
+                    }
+                }
+            })
+            .await?;
+        match saved {
+            Saved::Done(rotation) => {
+                let abort = rotation.run.as_ref().is_some_and(|run| run.abort);
+                self.rotation = rotation;
+                Ok(Event::Saved { abort })
+            }
+            Saved::Lost => Ok(Event::Lost),
+        }
+    }
+
+    async fn create(&mut self, run: &Progress<VersionId>) -> Result<Event<VersionId>, Failure> {
+        let current = self.current(&run.expected).await?;
+        let now = self.engine.clock.now();
+        let value = self.rotator.create(&current, now, self.rotation.refused)?;
+        self.pace().await;
+        let put = self.engine.broker.put_pending(&self.held, run.token.clone(), value.clone(), run.expected.clone());
+        match put.await {
+            Ok(_) => self.generated = Some(value),
+            // An earlier attempt whose answer was lost: the stored value is the one.
+            Err(BrokerError::Store(StoreError::TokenReused { .. })) => self.generated = None,
+            Err(error) if error.reason() == Reason::Conflict => return Ok(Event::Conflict),
+            Err(error) => return Err(error.into()),
+        }
+        Ok(Event::Created)
+    }
+
+    /// From here on the value is what the store gives back, and nothing else.
+    async fn read(&mut self, token: &VersionId) -> Result<Event<VersionId>, Failure> {
+        let fetched = self.engine.broker.rotation_read(&self.held, &Selector::Version(token.clone())).await?;
+        if self.generated.take().is_some_and(|generated| !generated.same_as(&fetched.value)) {
+            let message = format!("version {token} reads back as another value than the one written");
+            return Err(Failure::new(Trouble::StoreRefused, message));
+        }
+        self.pending = Some((token.clone(), fetched.value.clone()));
+        let expected = self.expected()?;
+        let current = self.current(&expected).await?;
+        self.rotator.check(&current, &fetched.value)?;
+        Ok(Event::Read)
+    }
+
+    fn expected(&self) -> Result<VersionId, Failure> {
+        let progress = self.rotation.run.as_ref().and_then(|run| run.progress.as_ref());
+        progress.map(|progress| progress.expected.clone()).ok_or_else(|| super::defect("no run is claimed"))
+    }
+
+    /// The value of the version that was current when the run was claimed.
+    async fn current(&mut self, expected: &VersionId) -> Result<SecretValue, Failure> {
+        if let Some((version, value)) = &self.current
+            && version == expected
+        {
+            return Ok(value.clone());
+        }
+        let selector = Selector::Version(expected.clone());
+        let value = self.engine.broker.rotation_read(&self.held, &selector).await?.value;
+        self.current = Some((expected.clone(), value.clone()));
+        Ok(value)
+    }
+
+    async fn probe(&mut self, which: Which) -> Result<Event<VersionId>, Failure> {
+        let value = match which {
+            Which::Pending => self.pending_value()?,
+            Which::Current => {
+                let expected = self.expected()?;
+                self.current(&expected).await?
+            }
+            Which::Previous => match self.previous().await? {
+                Some(value) => value,
+                None => return Ok(Event::Probed(Probe::Rejected)),
+            },
+        };
+        let step = match which {
+            Which::Pending => "rotate.probe_pending",
+            Which::Current => "rotate.probe_current",
+            Which::Previous => "rotate.probe_previous",
+        };
+        self.begins(step).await?;
+        self.load_admin().await?;
+        let Probed { probe, why } = self.rotator.probe(&self.work()?, &value).await;
+        let said = format!("{}: {why}", name_of(probe));
+        self.engine.broker.step_ended(&self.held, step, Ok(said)).await?;
+        match probe {
+            Probe::Unknown => Err(Failure::new(Trouble::TargetUnavailable, why)),
+            Probe::Accepted => Ok(Event::Probed(probe)),
+            Probe::Rejected | Probe::Unverifiable => {
+                // Where this leads to a person, this is why.
+                self.fail(Failure::new(Trouble::CurrentRejected, why));
+                Ok(Event::Probed(probe))
+            }
+        }
+    }
+
+    async fn previous(&self) -> Result<Option<SecretValue>, Failure> {
+        match self.engine.broker.rotation_read(&self.held, &Selector::Label(Label::Previous)).await {
+            Ok(fetched) => Ok(Some(fetched.value)),
+            Err(error) if error.reason() == Reason::VersionNotFound => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// The fingerprint is saved before the first change: whatever answers later must be the same.
+    async fn set(&mut self) -> Result<Event<VersionId>, Failure> {
+        self.begins("rotate.set").await?;
+        self.load_admin().await?;
+        if self.rotation.fingerprint.is_none()
+            && let Some(fingerprint) = self.rotator.identify(&self.work()?).await?
+            && !self.remember(fingerprint).await?
+        {
+            return Ok(Event::Lost);
+        }
+        match self.rotator.set(&self.work()?).await {
+            Ok(SetOutcome::Done) => {
+                self.ended("rotate.set", "the target holds the pending value").await?;
+                Ok(Event::Set)
+            }
+            Ok(SetOutcome::Refused(why)) => {
+                self.ended("rotate.set", &format!("the target refused the value: {why}")).await?;
+                self.fail(Failure::new(Trouble::ValueRefused, why));
+                Ok(Event::Refused)
+            }
+            Err(failure) => Err(self.failed("rotate.set", failure).await),
+        }
+    }
+
+    async fn remember(&mut self, fingerprint: String) -> Result<bool, Failure> {
+        let saved = self
+            .engine
+            .ledger
+            .save(self.lease, |rotation| rotation.fingerprint = Some(fingerprint.clone()))
+            .await?;
+        match saved {
+            Saved::Done(rotation) => {
+                self.rotation = rotation;
+                Ok(true)
+            }
+            Saved::Lost => Ok(false),
+        }
+    }
+
+    async fn test(&mut self) -> Result<Event<VersionId>, Failure> {
+        self.begins("rotate.test").await?;
+        self.load_admin().await?;
+        match self.rotator.test(&self.work()?).await {
+            Ok(TestOutcome::Passed) => {
+                self.ended("rotate.test", "every endpoint accepts the pending value").await?;
+                Ok(Event::Tested)
+            }
+            Ok(TestOutcome::Rejected(why)) => {
+                self.ended("rotate.test", &format!("the target rejects the pending value: {why}")).await?;
+                self.fail(Failure::new(Trouble::TargetUnavailable, why));
+                Ok(Event::Rejected)
+            }
+            Err(failure) => Err(self.failed("rotate.test", failure).await),
+        }
+    }
+
+    async fn promote(&mut self, run: &Progress<VersionId>) -> Result<Event<VersionId>, Failure> {
+        self.pace().await;
+        match self.engine.broker.promote(&self.held, run.expected.clone(), run.token.clone()).await {
+            Ok(_) => Ok(Event::Promoted),
+            Err(error) if error.reason() == Reason::Conflict => {
+                self.fail(Failure::new(Trouble::Unanswered, error.to_string()));
+                Ok(Event::Conflict)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    async fn bar(&mut self) -> Result<Event<VersionId>, Failure> {
+        self.begins("rotate.bar").await?;
+        self.load_admin().await?;
+        let expected = self.expected()?;
+        self.current(&expected).await?;
+        if self.pending.is_none() {
+            self.load_pending().await?;
+        }
+        match self.rotator.bar(&self.work()?).await {
+            Ok(()) => {
+                self.ended("rotate.bar", "lower fences are refused").await?;
+                Ok(Event::Barred)
+            }
+            Err(failure) => Err(self.failed("rotate.bar", failure).await),
+        }
+    }
+
+    /// A value that is given up may be gone from the store, or never have got there.
+    async fn load_pending(&mut self) -> Result<(), Failure> {
+        let Some(token) = self.token() else { return Ok(()) };
+        match self.engine.broker.rotation_read(&self.held, &Selector::Version(token.clone())).await {
+            Ok(fetched) => self.pending = Some((token, fetched.value)),
+            Err(error) if error.reason() == Reason::VersionNotFound => {
+                self.pending = self.current.clone();
+            }
+            Err(error) => return Err(error.into()),
+        }
+        Ok(())
+    }
+
+    async fn withdraw(&mut self, token: &VersionId, keep: Option<Label>) -> Result<Event<VersionId>, Failure> {
+        self.pace().await;
+        self.engine.broker.withdraw(&self.held, token, keep).await?;
+        Ok(Event::Withdrawn)
+    }
+
+    /// What was current before is withdrawn only as long as the run's version is current: someone may have rolled back.
+    async fn retire(&mut self, run: &Progress<VersionId>) -> Result<Event<VersionId>, Failure> {
+        self.begins("rotate.retire").await?;
+        self.load_admin().await?;
+        self.load_pending().await?;
+        self.current(&run.expected).await?;
+        match self.rotator.retire(&self.work()?).await {
+            Ok(()) => self.ended("rotate.retire", "what was current before is withdrawn").await?,
+            Err(failure) => return Err(self.failed("rotate.retire", failure).await),
+        }
+        self.undo_retirement(run).await?;
+        Ok(Event::Retired)
+    }
+
+    /// Someone may have rolled back while what they rolled back to was being withdrawn: then the target gets it again.
+    async fn undo_retirement(&mut self, run: &Progress<VersionId>) -> Result<(), Failure> {
+        let description = self.engine.broker.rotation_look(&self.held).await?;
+        if holder(&description, &Label::Current).as_ref() != Some(&run.expected) {
+            return Ok(());
+        }
+        self.begins("rotate.unretire").await?;
+        let work = self.work()?;
+        let back = rotators::Work { current: work.pending, pending: work.current, ..work };
+        match self.rotator.set(&back).await {
+            Ok(_) => self.ended("rotate.unretire", "the target holds what was rolled back to").await,
+            Err(failure) => Err(self.failed("rotate.unretire", failure).await),
+        }
+    }
+
+    fn work(&self) -> Result<rotators::Work<'_>, Failure> {
+        let missing = || super::defect("a step was reached without its values");
+        let (_, current) = self.current.as_ref().ok_or_else(missing)?;
+        let (_, pending) = self.pending.as_ref().ok_or_else(missing)?;
+        Ok(rotators::Work {
+            current,
+            pending,
+            admin: self.admin.as_ref(),
+            fence: self.lease.fence(),
+            fingerprint: self.rotation.fingerprint.as_deref(),
+        })
+    }
+
+    fn pending_value(&self) -> Result<SecretValue, Failure> {
+        let missing = || super::defect("a step was reached without its value");
+        self.pending.as_ref().map(|(_, value)| value.clone()).ok_or_else(missing)
+    }
+
+    async fn load_admin(&mut self) -> Result<(), Failure> {
+        if self.admin.is_none() {
+            self.admin = self.engine.broker.rotation_admin(&self.held).await?.map(|fetched| fetched.value);
+        }
+        Ok(())
+    }
+
+    async fn begins(&self, step: &'static str) -> Result<(), Failure> {
+        let detail = match self.token() {
+            Some(token) => format!("version {token}, fence {}", self.lease.fence()),
+            None => format!("fence {}", self.lease.fence()),
+        };
+        Ok(self.engine.broker.step_begins(&self.held, step, detail).await?)
+    }
+
+    async fn ended(&self, step: &'static str, said: &str) -> Result<(), Failure> {
+        Ok(self.engine.broker.step_ended(&self.held, step, Ok(said.to_owned())).await?)
+    }
+
+    /// Puts a failure of the target on record. Where that fails too, the log's trouble is the worse one.
+    async fn failed(&self, step: &'static str, failure: Failure) -> Failure {
+        let ended = Err((failure.reason(), failure.message.clone()));
+        match self.engine.broker.step_ended(&self.held, step, ended).await {
+            Ok(()) => failure,
+            Err(error) => error.into(),
+        }
+    }
+
+    async fn pace(&self) {
+        if self.engine.broker.is_aws(&self.lease.id().environment) {
+            let wait = self.engine.turn_in_aws();
+            // Nothing ever answers here: it is the time that is waited for.
+            let _ = tokio::time::timeout(wait, std::future::pending::<()>()).await;
+        }
+    }
+}
+
+fn holder(description: &Description, label: &Label) -> Option<VersionId> {
+    let carries = |version: &&crate::secret::Version| version.labels.contains(label);
+    description.versions.iter().find(carries).map(|version| version.id.clone())
+}
+
+/// The label of a value that was given up although the target may hold it: no store prunes a version with a label.
+fn kept_under(token: &VersionId) -> Result<Label, Failure> {
+    let short: String = token.as_str().chars().take(8).collect();
+    Label::parse(&format!("given-up-{short}")).map_err(|error| super::defect(&error.to_string()))
+}
+
+const fn name_of(probe: Probe) -> &'static str {
+    match probe {
+        Probe::Accepted => "accepted",
+        Probe::Rejected => "rejected",
+        Probe::Unverifiable => "unverifiable",
+        Probe::Unknown => "unknown",
+    }
+}

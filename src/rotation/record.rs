@@ -1,0 +1,246 @@
+//! What is remembered of a rotation.
+//!
+//! ```text
+//! kv  rotation/record/<environment>/<secret>   →   offset  bytes
+//!                                                       0     32  MAC of the environment, the secret and the JSON
+//!                                                      32      …  JSON of a [`Rotation`]
+//! ```
+//!
+//! No value is in it. It says where an admin's password may be sent, so that whoever can write the database must not be
+//! able to make one up: hence the MAC.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use super::definition::Definition;
+use super::machine::{Ending, Phase, Progress};
+use super::{Failure, Trouble};
+use crate::crypto::{MAC_BYTES, Mac, MacKey};
+use crate::secret::{SecretId, VersionId};
+
+/// How many ended runs are remembered.
+pub const HISTORY: usize = 50;
+/// From so many failures in a row on, a rotation is said to be degraded.
+pub const DEGRADED_FROM: u32 = 5;
+/// How many values the target may refuse before a person is asked.
+pub const MOST_REFUSED: u32 = 3;
+const LABEL: &[u8] = b"claviger rotation v1";
+
+/// The rotation of one secret: its definition, when it is next due, the run in progress, and what was.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rotation {
+    /// What a new run begins with.
+    pub definition: Definition,
+    /// Nothing new begins; a run in progress comes to its end.
+    pub paused: bool,
+    /// When the next run is due. Looked at only where there is no run.
+    pub next_at: Timestamp,
+    /// When the last run ended with a new AWSCURRENT.
+    pub rotated_at: Option<Timestamp>,
+    /// The highest fence given out. It only grows, also over a removal.
+    pub fence: u64,
+    /// Which target it is, by its own account, since the first change.
+    pub fingerprint: Option<String>,
+    /// How many values the target refused in a row.
+    pub refused: u32,
+    /// The run in progress.
+    pub run: Option<Run>,
+    /// Ended runs, newest last, at most [`HISTORY`].
+    pub history: Vec<Ended>,
+}
+
+/// A run in progress.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Run {
+    /// What outlives an activation. `None` between the first lease and the claim: nothing was done yet.
+    pub progress: Option<Progress<VersionId>>,
+    /// The definition that the run began with, and that it ends with.
+    pub definition: Definition,
+    /// When it began.
+    pub started_at: Timestamp,
+    /// Who or what asked for it: `schedule`, or a principal with its request.
+    pub asked_by: String,
+    /// Failures in a row.
+    pub attempt: u32,
+    /// Not to be taken up before.
+    pub not_before: Timestamp,
+    /// Why the last activation did not bring it to its end.
+    pub failure: Option<Failure>,
+    /// When AWSCURRENT moved, once it has.
+    pub promoted_at: Option<Timestamp>,
+    /// A person asked for its end.
+    pub abort: bool,
+}
+
+/// A run that is over.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Ended {
+    /// How.
+    pub ending: Ending,
+    /// The token, where one was claimed.
+    pub token: Option<VersionId>,
+    /// When it began.
+    pub started_at: Timestamp,
+    /// When it was over.
+    pub ended_at: Timestamp,
+    /// Who or what asked for it.
+    pub asked_by: String,
+    /// How many failures lay on the way.
+    pub failures: u32,
+}
+
+/// How a rotation is, in a word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Health {
+    /// Waiting for its time.
+    Idle,
+    /// A run is in progress.
+    Running,
+    /// A run fails again and again, and is tried again.
+    Degraded,
+    /// A run needs a person.
+    Blocked,
+    /// Nothing begins until it is resumed.
+    Paused,
+}
+
+impl Health {
+    /// Its name, in answers and figures.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Idle => "idle",
+            Self::Running => "running",
+            Self::Degraded => "degraded",
+            Self::Blocked => "blocked",
+            Self::Paused => "paused",
+        }
+    }
+}
+
+impl Rotation {
+    /// A rotation that was just set.
+    #[must_use]
+    pub const fn new(definition: Definition, next_at: Timestamp) -> Self {
+        Self {
+            definition,
+            paused: false,
+            next_at,
+            rotated_at: None,
+            fence: 0,
+            fingerprint: None,
+            refused: 0,
+            run: None,
+            history: Vec::new(),
+        }
+    }
+
+    /// How it is.
+    #[must_use]
+    pub fn health(&self) -> Health {
+        match &self.run {
+            Some(run) if run.failure.as_ref().is_some_and(|failure| failure.trouble.needs_a_person()) => {
+                Health::Blocked
+            }
+            Some(run) if run.attempt >= DEGRADED_FROM => Health::Degraded,
+            Some(_) => Health::Running,
+            None if self.paused => Health::Paused,
+            None => Health::Idle,
+        }
+    }
+
+    /// When somebody should look at it next; `None` where nobody should: it is paused and no run is in progress.
+    #[must_use]
+    pub fn attention_at(&self) -> Option<Timestamp> {
+        match &self.run {
+            Some(run) => Some(run.not_before),
+            None => (!self.paused).then_some(self.next_at),
+        }
+    }
+
+    /// Puts a run's end into the history.
+    pub fn ended(&mut self, ending: Ending, at: Timestamp) {
+        let Some(run) = self.run.take() else { return };
+        self.refused = if ending == Ending::Discarded { self.refused + 1 } else { 0 };
+        if ending == Ending::Rotated {
+            self.rotated_at = Some(run.promoted_at.unwrap_or(at));
+        }
+        self.history.push(Ended {
+            ending,
+            token: run.progress.map(|progress| progress.token),
+            started_at: run.started_at,
+            ended_at: at,
+            asked_by: run.asked_by,
+            failures: run.attempt,
+        });
+        let surplus = self.history.len().saturating_sub(HISTORY);
+        self.history.drain(..surplus);
+    }
+
+    /// The record's bytes for its place.
+    ///
+    /// # Errors
+    /// [`Trouble::Defect`].
+    pub fn encode(&self, key: &MacKey, id: &SecretId) -> Result<Vec<u8>, Failure> {
+        let defect = |error: serde_json::Error| Failure::new(Trouble::Defect, error.to_string());
+        let json = serde_json::to_vec(self).map_err(defect)?;
+        let mac = key.sign(&parts(id, &json));
+        Ok([mac.as_slice(), &json].concat())
+    }
+
+    /// Reads a record back.
+    ///
+    /// # Errors
+    /// [`Trouble::RecordUnreadable`] where it was changed, moved, or is of a newer version.
+    pub fn decode(key: &MacKey, id: &SecretId, bytes: &[u8]) -> Result<Self, Failure> {
+        let unreadable = |problem: &str| {
+            let message = format!("the record of the rotation of {id} {problem}");
+            Failure::new(Trouble::RecordUnreadable, message)
+        };
+        let (mac, json) = bytes.split_first_chunk::<MAC_BYTES>().ok_or_else(|| unreadable("is cut short"))?;
+        let mac: &Mac = mac;
+        if !key.verify(&parts(id, json), mac) {
+            return Err(unreadable("was changed by something other than this broker"));
+        }
+        serde_json::from_slice(json).map_err(|_| unreadable("is of a version that this program does not know"))
+    }
+}
+
+fn parts<'a>(id: &'a SecretId, json: &'a [u8]) -> [&'a [u8]; 4] {
+    [LABEL, id.environment.as_str().as_bytes(), id.name.as_str().as_bytes(), json]
+}
+
+impl Run {
+    /// A run that nothing was done for yet.
+    #[must_use]
+    pub const fn new(definition: Definition, asked_by: String, now: Timestamp) -> Self {
+        Self {
+            progress: None,
+            definition,
+            started_at: now,
+            asked_by,
+            attempt: 0,
+            not_before: now,
+            failure: None,
+            promoted_at: None,
+            abort: false,
+        }
+    }
+
+    /// How far it is; a run without a claim is about to create.
+    #[must_use]
+    pub fn phase(&self) -> Phase {
+        self.progress.as_ref().map_or(Phase::Create, |progress| progress.phase)
+    }
+
+    /// How long it has been going on.
+    #[must_use]
+    pub fn age(&self, now: Timestamp) -> Duration {
+        Duration::try_from(now.duration_since(self.started_at)).unwrap_or_default()
+    }
+}
