@@ -31,7 +31,7 @@
 //! Whoever wants the messages themselves (the command line does) uses a [`Connection`]:
 //!
 //! ```text
-//! Address ─▶ Connection ─▶ secrets() policies() audit() tokens() keys() caches() ─▶ generated calls
+//! Address ─▶ Connection ─▶ secrets() policies() audit() tokens() keys() caches() rotations() ─▶ generated calls
 //!               │              each call carries the token and a deadline
 //!               ├─ Unix socket: the kernel says who serves it, before the first byte is sent
 //!               ├─ https://: TLS 1.3, the certificates read anew for each connection

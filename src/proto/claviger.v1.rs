@@ -4912,7 +4912,7 @@ pub struct RotationStep {
     /// What is in its way.
     #[prost(message, optional, tag = "6")]
     pub trouble: ::core::option::Option<RotationTrouble>,
-    /// When it is tried again, where it is.
+    /// When it is tried again, where it is; in a dry run, since when it is due.
     #[prost(message, optional, tag = "7")]
     pub retry_at: ::core::option::Option<::prost_types::Timestamp>,
 }
@@ -4939,7 +4939,7 @@ pub struct RotateDueRequest {
 /// How far it is.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RotateDueResponse {
-    /// What happens to one secret. Not in the first message, which only says how many are due.
+    /// What happens to one secret. Not in the first message, and not where only the counts changed.
     #[prost(message, optional, tag = "1")]
     pub step: ::core::option::Option<RotationStep>,
     /// How many are over.

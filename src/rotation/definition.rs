@@ -133,7 +133,8 @@ impl Definition {
             let kind = cut(&self.rotator);
             Failure::new(Trouble::ValueUnfit, format!("the definition's rotator `{kind}`: {problem}"))
         };
-        let entry = entry(&self.rotator).ok_or_else(|| unfit("this version has none of that name".to_owned()))?;
+        let entry =
+            entry(&self.rotator).ok_or_else(|| unfit("this version has none of that name".to_owned()))?;
         (entry.build)(&self.settings).map_err(unfit)
     }
 
@@ -245,7 +246,8 @@ impl<'t> Reader<'t> {
             return Ok(());
         };
         let (other, kind) = (cut(key.get_ref()), entry.kind);
-        Err(self.at(key, &format!("[{other}] has settings of another rotator than `{kind}`; remove one of them")))
+        Err(self
+            .at(key, &format!("[{other}] has settings of another rotator than `{kind}`; remove one of them")))
     }
 
     fn schedule(&self) -> Result<Schedule, DefinitionError> {
@@ -268,7 +270,8 @@ impl<'t> Reader<'t> {
 
     fn repair(&self) -> Result<bool, DefinitionError> {
         let Some(value) = self.table.get("repair") else { return Ok(false) };
-        let refused = || self.at(value, "repair: is neither true nor false; write one of them, without quotes");
+        let refused =
+            || self.at(value, "repair: is neither true nor false; write one of them, without quotes");
         value.get_ref().as_bool().ok_or_else(refused)
     }
 
@@ -283,9 +286,13 @@ impl<'t> Reader<'t> {
             "retire_after: this rotator has nothing to withdraw; remove the line".to_owned()
         } else if after < grace {
             let grace = written(grace);
-            format!("retire_after: is shorter than the grace of {grace}, within which users may hold the value before")
+            format!(
+                "retire_after: is shorter than the grace of {grace}, within which users may hold the value before"
+            )
         } else if after >= schedule.interval() {
-            format!("retire_after: is not shorter than `{schedule}`; what is current would be due again before")
+            format!(
+                "retire_after: is not shorter than `{schedule}`; what is current would be due again before"
+            )
         } else {
             return Ok(Some(after));
         };
@@ -295,11 +302,12 @@ impl<'t> Reader<'t> {
 
     fn duration(&self, key: &str, longest: Duration) -> Result<Option<Duration>, DefinitionError> {
         let Some((text, value)) = self.string(key)? else { return Ok(None) };
-        let duration =
-            parse_duration(text).map_err(|error| self.at(value, &format!("{key}: {error}")))?;
+        let duration = parse_duration(text).map_err(|error| self.at(value, &format!("{key}: {error}")))?;
         if duration > longest {
             let longest = written(longest);
-            return Err(self.at(value, &format!("{key}: `{}` is longer than {longest}; shorten it", cut(text))));
+            return Err(
+                self.at(value, &format!("{key}: `{}` is longer than {longest}; shorten it", cut(text)))
+            );
         }
         Ok(Some(duration))
     }
@@ -331,7 +339,8 @@ impl<'t> Reader<'t> {
         let Some(value) = self.table.get(key) else { return Ok(None) };
         let found = value.get_ref().type_str();
         let text = value.get_ref().as_str();
-        let text = text.ok_or_else(|| self.at(value, &format!("{key}: is of type {found}; write it in quotes")))?;
+        let text =
+            text.ok_or_else(|| self.at(value, &format!("{key}: is of type {found}; write it in quotes")))?;
         Ok(Some((text, value)))
     }
 
@@ -501,13 +510,19 @@ mod tests {
             ("schedule = \"every 30d\"", "write `rotator = \"…\"` with one of `random`"),
             ("rotator = \"random\"", "has no schedule; write for example"),
             ("rotator = 7\nschedule = \"every 30d\"", "line 1, column 11: rotator: is of type integer"),
-            ("rotator = \"randm\"", "line 1, column 11: rotator: there is no `randm`; did you mean `random`?"),
+            (
+                "rotator = \"randm\"",
+                "line 1, column 11: rotator: there is no `randm`; did you mean `random`?",
+            ),
             ("rotator = \"Random\"", "did you mean `random`?"),
             ("rotator = \"random\"\nschedule = 30", "line 2, column 12: schedule: is of type integer"),
             ("rotator = \"random\"\nschedule = \"30d\"", "line 2, column 12: schedule: `30d` is no schedule"),
             ("rotator = \"random\"\nschedule = \"\"", "line 2, column 12: schedule: is empty"),
             ("rotator = \"random\"\nschedule = \"cron * * * * * *\"", "no seconds"),
-            ("# é\n\n  rotatr = \"random\"", "line 3, column 3: unknown key `rotatr`; did you mean `rotator`?"),
+            (
+                "# é\n\n  rotatr = \"random\"",
+                "line 3, column 3: unknown key `rotatr`; did you mean `rotator`?",
+            ),
             ("{\"rotator\": \"random\"}", "not valid TOML"),
             ("\0", "not valid TOML"),
             (large.as_str(), "at most 65536 are read"),

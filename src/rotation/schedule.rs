@@ -298,7 +298,10 @@ fn at_fault(fields: &[&str; 5]) -> String {
 }
 
 fn wrong(field: &Field, text: &str) -> String {
-    format!("`{text}` can't be a cron's {}; write {}, `*`, a list, a range, or a step as in */2", field.name, field.hint)
+    format!(
+        "`{text}` can't be a cron's {}; write {}, `*`, a list, a range, or a step as in */2",
+        field.name, field.hint
+    )
 }
 
 fn preset(word: &str) -> Option<u32> {
@@ -325,7 +328,9 @@ fn zone_of(name: Option<&str>) -> Result<TimeZone, String> {
         return Ok(zone);
     }
     if zones.is_definitively_empty() {
-        return Err(format!("time zone `{name}`: this machine has no time zones; install tzdata, or use UTC"));
+        return Err(format!(
+            "time zone `{name}`: this machine has no time zones; install tzdata, or use UTC"
+        ));
     }
     let distance = |zone: &str| strsim::damerau_levenshtein(&zone.to_lowercase(), &name.to_lowercase());
     let near = zones.available().map(|zone| (distance(zone.as_str()), zone.as_str().to_owned())).min();
@@ -503,10 +508,7 @@ mod tests {
             times(twice, "2026-03-28T22:00:00Z", 3),
             ["2026-03-29T01:30:00Z", "2026-03-29T12:30:00Z", "2026-03-30T00:30:00Z"]
         );
-        assert_eq!(
-            times(twice, "2026-10-24T22:00:00Z", 2),
-            ["2026-10-25T00:30:00Z", "2026-10-25T13:30:00Z"]
-        );
+        assert_eq!(times(twice, "2026-10-24T22:00:00Z", 2), ["2026-10-25T00:30:00Z", "2026-10-25T13:30:00Z"]);
         let hourly = times("cron 30 * * * * Europe/Zurich", "2026-03-29T00:00:00Z", 3);
         assert_eq!(hourly, ["2026-03-29T00:30:00Z", "2026-03-29T01:30:00Z", "2026-03-29T02:30:00Z"]);
         // Without a zone there is nothing to change.
@@ -582,7 +584,9 @@ mod tests {
         let now = at("2026-06-01T00:00:00Z");
         let often = rotation(schedule("every 10m"), at("2026-03-03T00:00:00Z"));
         for n in 0..100 {
-            let Verdict::Spread(slot) = verdict(&secret(n), &often, Duration::ZERO, now) else { panic!("{n}") };
+            let Verdict::Spread(slot) = verdict(&secret(n), &often, Duration::ZERO, now) else {
+                panic!("{n}")
+            };
             assert!(slot <= later(now, Duration::from_secs(60)), "{slot}");
         }
     }

@@ -10,6 +10,7 @@ fn sessions_are_as_recorded() {
         .register_bin("claviger", Path::new(env!("CARGO_BIN_EXE_claviger")))
         .env("CLAVIGER_ADDR", "")
         .env("CLAVIGER_TOKEN", "unused")
+        .env("CLAVIGER", env!("CARGO_BIN_EXE_claviger"))
         .env("XDG_RUNTIME_DIR", "/nonexistent")
         .env("COLUMNS", "100")
         .case("tests/cli/*.trycmd")

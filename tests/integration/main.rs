@@ -39,6 +39,7 @@ mod postgresql;
 mod proto;
 mod python_client;
 mod rotation_chaos;
+mod rotation_cli;
 mod rotation_model;
 mod rotation_service;
 mod soak;

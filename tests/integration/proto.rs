@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use prost::Message as _;
 
-const FILES: [&str; 6] = ["secret", "policy", "audit", "token", "key", "cache", "rotation"];
+const FILES: [&str; 7] = ["secret", "policy", "audit", "token", "key", "cache", "rotation"];
 
 /// Generates the code and the descriptors from the `.proto` files, without `protoc`.
 fn generate(out: &Path) -> (String, Vec<u8>) {

@@ -20,11 +20,13 @@ use claviger::rotation::engine::{Engine, Order, Over, Settings, Told, When};
 use claviger::rotation::ledger::Ledger;
 use claviger::rotation::machine::Ending;
 use claviger::rotation::record::{Health, Rotation};
+use claviger::rotation::schedule::next_at;
 use claviger::rotation::scheduler::Scheduler;
 use claviger::rotation::service::{Due, Rotations};
-use claviger::secret::{Label, SecretId, VersionId};
+use claviger::secret::{EnvironmentName, Label, SecretId, VersionId};
 use claviger::store::{Description, RecoveryWindow};
 use futures_util::future::join_all;
+use jiff::Timestamp;
 use tempfile::TempDir;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinHandle;
@@ -87,14 +89,14 @@ impl House {
     async fn set_many(&self, ids: &[SecretId], definition: &str) {
         let definition = Definition::parse(definition).unwrap();
         let now = self.clock.now();
-        let set = async |id: &SecretId| {
+        let definition = &definition;
+        join_all(ids.iter().map(|id| async move {
             self.put(id, "first").await;
-            let gap = self.rotations.engine().gap(id, &definition);
-            let next_at = claviger::rotation::schedule::next_at(&definition.schedule, now, gap);
-            let new = Rotation::new(definition.clone(), next_at);
+            let gap = self.rotations.engine().gap(id, definition);
+            let new = Rotation::new(definition.clone(), next_at(&definition.schedule, now, gap));
             self.ledger().update(id, |_| Ok((Some(new.clone()), ()))).await.unwrap();
-        };
-        join_all(ids.iter().map(set)).await;
+        }))
+        .await;
     }
 
     async fn record(&self, id: &SecretId) -> Rotation {
@@ -122,6 +124,12 @@ impl House {
             self.clock.advance(Duration::from_secs(1));
             until("the scheduler looks", async || self.rotations.figures().scheduler_looked == Some(0)).await;
         }
+    }
+
+    /// Sets the wall clock, as NTP or a person would; that it was set is noticed.
+    fn set_clock(&self, to: Timestamp) {
+        self.clock.set_wall(to);
+        assert!(self.rotations.figures().clock_stepped);
     }
 
     /// Lets time pass, as it does: with a scheduler that looks now and then.
@@ -358,7 +366,7 @@ async fn rotate_due(
                 Due::Total(total) => round.total = total,
                 Due::Done(done) => round.done = done,
                 Due::Step(id, Told::Over(over)) => round.overs.push((id, over)),
-                Due::Step(_, Told::Phase { .. }) => {}
+                Due::Step(_, Told::Phase { .. } | Told::Step { .. }) => {}
             }
         }
         round
@@ -375,10 +383,21 @@ fn rotated(rotations: &Rotations) -> u64 {
     figure(&rotations.figures().ended, "rotated")
 }
 
+fn blocked(house: &House) -> u64 {
+    figure(&house.rotations.figures().health, "blocked")
+}
+
 fn token_of(over: &Over) -> VersionId {
     match over {
         Over::Ended { ending: Ending::Rotated, token: Some(token) } => token.clone(),
         other => panic!("not rotated: {other:?}"),
+    }
+}
+
+fn unfinished(over: Over) -> (Trouble, Option<VersionId>) {
+    match over {
+        Over::Unfinished { failure, token, .. } => (failure.trouble, token),
+        other => panic!("not unfinished: {other:?}"),
     }
 }
 
@@ -479,7 +498,7 @@ async fn what_can_not_be_set_is_said_at_once_and_nothing_is_set() {
     let broker = &house.running.broker;
     broker.delete(&root, id("development", "gone"), RecoveryWindow::DEFAULT).await.unwrap();
     for bad in ["", "rotator = 1", "rotator = \"no-such\"\nschedule = \"every 1d\"", "schedule = \"every 1d\""] {
-        assert_eq!(reason(set(id("development", "api"), bad).await), Reason::InvalidArgument, "{bad:?}");
+        assert_eq!(reason(set(id("development", "api"), bad).await), Reason::InvalidConfig, "{bad:?}");
     }
     assert_eq!(reason(set(id("no-such-place", "api"), &daily()).await), Reason::EnvironmentNotFound);
     assert_eq!(reason(set(id("development", "missing"), &daily()).await), Reason::SecretNotFound);
@@ -602,7 +621,7 @@ async fn r32_what_is_overdue_after_a_long_absence_is_rotated_once_each_and_not_a
     house.clock.advance(90 * DAY);
     let now = house.clock.now();
     let clockwork = house.schedule();
-    let environment = "development".parse().unwrap();
+    let environment: EnvironmentName = "development".parse().unwrap();
     let waiting = async || {
         let all = house.ledger().list(&environment, None, 1_000).await.unwrap();
         let times = all.rotations.into_iter().map(|(_, rotation)| rotation.unwrap().next_at);
@@ -640,17 +659,17 @@ async fn r31_a_clock_that_is_set_rotates_nothing_by_itself() {
 
     // A year ahead, and back again.
     let truth = house.clock.now();
-    house.clock.set_wall(truth + YEAR);
+    house.set_clock(truth + YEAR);
     house.looked().await;
-    assert!(house.rotations.figures().clock_stepped);
     assert_eq!(reason(rotate_due(&house.rotations, cron(), None, false).await.map(|_| ())), Reason::Unavailable);
-    house.clock.set_wall(truth);
+    house.set_clock(truth);
+    house.looked().await;
     house.pass(Duration::from_secs(601)).await;
     assert!(!house.rotations.figures().clock_stepped);
     assert_eq!(rotated(&house.rotations), 0);
 
     // A year back, and it stays: what was planned is planned anew, and comes once.
-    house.clock.set_wall(truth - YEAR);
+    house.set_clock(truth - YEAR);
     house.looked().await;
     house.pass(Duration::from_secs(601)).await;
     let latest = house.clock.now() + 31 * DAY;
@@ -668,7 +687,7 @@ async fn r31_a_clock_that_is_set_rotates_nothing_by_itself() {
     until_is("rotated", 20, async || rotated(&house.rotations)).await;
 
     // Right again, a year ahead of what was thought: one each, spread, when the clock is believed.
-    house.clock.set_wall(truth + 32 * DAY);
+    house.set_clock(truth + 32 * DAY);
     house.looked().await;
     house.looked().await;
     assert_eq!(rotated(&house.rotations), 20);
@@ -708,8 +727,7 @@ async fn r35_a_secret_that_is_deleted_in_a_run_keeps_its_pending_value_and_the_r
     let broker = &house.running.broker;
     broker.delete(&root, api.clone(), RecoveryWindow::DEFAULT).await.unwrap();
     let over = rotate(&rotations, administrator(), &api).await.unwrap();
-    let Over::Unfinished { failure, token: kept, .. } = over else { panic!("{over:?}") };
-    assert_eq!((failure.trouble, kept), (Trouble::SecretDeleted, Some(token.clone())));
+    assert_eq!(unfinished(over), (Trouble::SecretDeleted, Some(token.clone())));
     assert_eq!(house.record(&api).await.health(), Health::Blocked);
     assert_eq!(figure(&rotations.figures().health, "blocked"), 1);
     assert_eq!(house.described(&api).await.holder(&Label::Pending), Some(token.clone()));
@@ -801,8 +819,8 @@ async fn r9_a_value_that_does_not_fit_is_a_typed_error_and_changes_nothing() {
     house.put(&api, &large).await;
     house.rotations.set(&administrator(), api.clone(), definition).await.unwrap();
     let over = rotate(&house.rotations, administrator(), &api).await.unwrap();
-    let Over::Unfinished { failure, .. } = over else { panic!("{over:?}") };
-    assert!(failure.trouble.needs_a_person(), "{failure:?}");
+    let (trouble, _) = unfinished(over);
+    assert!(trouble.needs_a_person(), "{trouble}");
     let described = house.described(&api).await;
     assert_eq!((described.versions(), described.holder(&Label::Pending)), (1, None));
     assert_eq!(house.value(&api).await, large);
@@ -1033,15 +1051,14 @@ async fn the_scheduler_rotates_what_is_due_and_takes_up_at_once_what_is_resumed(
     let broker = &house.running.broker;
     broker.delete(&root, api.clone(), RecoveryWindow::DEFAULT).await.unwrap();
     house.clock.advance(30 * DAY);
-    let blocked = async || figure(&house.rotations.figures().health, "blocked");
-    until_is("blocked", 1, blocked).await;
+    until_is("blocked", 1, async || blocked(&house)).await;
     assert_eq!(figure(&house.rotations.figures().failures, "secret_deleted"), 1);
     broker.restore(&root, api.clone()).await.unwrap();
     house.looked().await;
     assert_eq!(rotated(&house.rotations), 1, "it is looked at again rarely");
     house.rotations.resume(&root, api.clone()).await.unwrap();
     until_is("rotated", 2, async || rotated(&house.rotations)).await;
-    until_is("blocked", 0, blocked).await;
+    until_is("blocked", 0, async || blocked(&house)).await;
     clockwork.end().await;
     house.end().await;
 }

@@ -244,7 +244,7 @@ impl Engine {
         if self.is_stopping() {
             return Err(stopping());
         }
-        let together = self.together(id, &rotation).await?;
+        let together = self.together(id, order, &rotation).await?;
         let taken = self.ledger.take(id, |rotation| self.begin(id, order, together, rotation)).await?;
         let (lease, rotation) = match taken {
             Taken::Mine(lease, rotation) => (lease, rotation),
@@ -257,13 +257,21 @@ impl Engine {
         over
     }
 
-    /// When another member of the secret's group may have begun so long ago that this one may.
-    async fn together(&self, id: &SecretId, rotation: &Rotation) -> Result<Option<Timestamp>, Failure> {
+    /// Until when a new run has to wait for another member of the secret's group. Where it need not, this one has the
+    /// group from now on, so that of two members that are due at once only one begins.
+    async fn together(
+        &self,
+        id: &SecretId,
+        order: &Order,
+        rotation: &Rotation,
+    ) -> Result<Option<Timestamp>, Failure> {
         let Some(group) = &rotation.definition.group else { return Ok(None) };
-        let began = self.ledger.group_began(&id.environment, group).await?;
-        // One's own last run is no reason to wait: the gap between one's own is looked at anyway.
-        let began = began.filter(|(_, by)| *by != id.name).map(|(at, _)| at);
-        Ok(began.map(|at| later(at, self.gap(id, &rotation.definition))))
+        let begins = rotation.run.is_none()
+            && self.not_now(id, order.when, None, rotation, self.clock.now()).is_none();
+        match begins {
+            true => self.ledger.claim_group(id, group, self.gap(id, &rotation.definition)).await,
+            false => Ok(None),
+        }
     }
 
     /// What to make of a record as it is: a run that is taken up or begun, or why not.

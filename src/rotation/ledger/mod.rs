@@ -167,8 +167,7 @@ impl Ledger {
         after: Option<&Rotation>,
     ) -> Result<Transaction, Failure> {
         let record = record_key(id);
-        let compare =
-            vec![Compare::ModRevision(record.clone(), before.map_or(0, |stored| stored.revision))];
+        let compare = vec![Compare::ModRevision(record.clone(), before.map_or(0, |stored| stored.revision))];
         let mut write = vec![match after {
             Some(rotation) => Write::put(record, rotation.encode(&self.key, id)?),
             None => Write::delete(record),

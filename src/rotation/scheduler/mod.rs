@@ -51,7 +51,7 @@ const SURVEY_EVERY: Duration = Duration::from_secs(3_600);
 const ASIDE: Duration = Duration::from_secs(60);
 /// The same, where only a person will change it.
 const LONG_ASIDE: Duration = Duration::from_secs(600);
-/// The same, where somebody else works on it.
+/// The same, where somebody else works on it, or the store was away for a moment.
 const SHORT_ASIDE: Duration = Duration::from_secs(5);
 
 /// The broker's own clockwork.
@@ -292,8 +292,9 @@ impl Scheduler {
             Some(Over::Unfinished { retry_at, .. }) => between(now, retry_at),
             Some(Over::Skipped { until } | Over::TooSoon { until }) => between(now, until),
             Some(Over::InProgress { .. }) => SHORT_ASIDE,
-            Some(Over::Paused) => ASIDE,
-            Some(Over::Refused(_) | Over::NotSet) | None => LONG_ASIDE,
+            Some(Over::Refused(failure)) if !failure.trouble.needs_a_person() => SHORT_ASIDE,
+            Some(Over::Refused(_) | Over::NotSet) => LONG_ASIDE,
+            Some(Over::Paused) | None => ASIDE,
         };
         self.aside.insert(id, self.works.engine.clock().monotonic() + wait);
     }

@@ -45,7 +45,7 @@ impl Steps {
     pub(in crate::rotation) fn held(&self) -> Option<Duration> {
         // Both clocks are read under the lock, so that two looks can't swap their readings.
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        let (wall, monotonic) = (self.clock.now(), self.clock.monotonic());
+        let (wall, monotonic) = self.read();
         let expected = seen.wall.saturating_add(monotonic.saturating_sub(seen.monotonic));
         let off_by = wall.duration_since(expected.unwrap_or(Timestamp::MAX));
         (seen.wall, seen.monotonic) = (wall, monotonic);
@@ -60,6 +60,18 @@ impl Steps {
             tracing::info!("the clock is believed again; rotations begin as they are due");
         }
         left
+    }
+
+    /// What both clocks show at one moment: read again where the process was held up in between.
+    fn read(&self) -> (Timestamp, Duration) {
+        loop {
+            let before = self.clock.monotonic();
+            let wall = self.clock.now();
+            let monotonic = self.clock.monotonic();
+            if monotonic.saturating_sub(before) < SLACK / 2 {
+                return (wall, monotonic);
+            }
+        }
     }
 }
 

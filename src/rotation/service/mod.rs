@@ -94,8 +94,8 @@ impl Rotations {
     /// found out anew. A run in progress ends as it began.
     ///
     /// # Errors
-    /// [`BrokerError`]; needs [`Action::Administer`] on the environment. [`Reason::InvalidArgument`] where the definition
-    /// is not one. Where the caller may describe the secret: [`Reason::SecretNotFound`], [`Reason::SecretDeleted`],
+    /// [`BrokerError`]; needs [`Action::Administer`] on the environment. [`Reason::InvalidConfig`] where the definition is
+    /// not one. Where the caller may describe the secret: [`Reason::SecretNotFound`], [`Reason::SecretDeleted`],
     /// [`Reason::VersionNotFound`] where there is nothing to rotate. Others learn of that from the first run.
     pub async fn set(&self, call: &Call, id: SecretId, definition: &str) -> Result<Shown, BrokerError> {
         let asks = (Action::Administer, Resource::Environment(id.environment.clone()));
@@ -328,8 +328,7 @@ impl fmt::Debug for Rotations {
 }
 
 fn parse(definition: &str) -> Result<Definition, BrokerError> {
-    Definition::parse(definition)
-        .map_err(|error| BrokerError::rejected(Reason::InvalidArgument, error.to_string()))
+    Definition::parse(definition).map_err(|error| BrokerError::rejected(error.reason(), error.to_string()))
 }
 
 /// An order in the name of who calls.

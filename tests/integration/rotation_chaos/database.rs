@@ -64,8 +64,10 @@ impl Pair {
             password = pair.first.password,
             admin_password = pair.admin.password,
         ));
-        pair.as_first("CREATE SCHEMA shop; CREATE TABLE shop.proof (at timestamptz DEFAULT now(), version text)")
-            .expect("the first user acts as the owner");
+        pair.as_first(
+            "CREATE SCHEMA shop; CREATE TABLE shop.proof (at timestamptz DEFAULT now(), version text)",
+        )
+        .expect("the first user acts as the owner");
         pair
     }
 

@@ -119,7 +119,8 @@ impl Oracle {
     }
 
     fn hear(&self, expected: &str) {
-        let line = self.lines.recv_timeout(HUNG).unwrap_or_else(|_| panic!("no `{expected}` from the oracle"));
+        let line =
+            self.lines.recv_timeout(HUNG).unwrap_or_else(|_| panic!("no `{expected}` from the oracle"));
         assert_eq!(line, expected);
     }
 }
@@ -135,16 +136,16 @@ impl Account {
     /// Nobody was locked out, not for one login; the database was always there.
     pub(super) fn assert_clean(&self) {
         self.assert_no_lockout();
-        assert_eq!(self.unreachable, 0, "{self:?}");
+        assert_eq!(self.unreachable, 0, "{}", self.described);
     }
 
     /// Nobody was locked out, not for one login that the database got to see.
     pub(super) fn assert_no_lockout(&self) {
-        assert_eq!((self.failed, self.refused), (0, 0), "{self:?}");
-        assert!(self.wrong.is_empty(), "{self:?}");
-        assert!(self.logins > 0, "{self:?}");
+        assert_eq!((self.failed, self.refused), (0, 0), "{}", self.described);
+        assert!(self.wrong.is_empty(), "{:?}", self.wrong);
+        assert!(self.logins > 0, "{}", self.described);
         // Of a machine that is busy, some logins come later than anybody may hold a value. Where they are many, nothing
         // is proven.
-        assert!(self.late * 20 <= self.logins, "{self:?}");
+        assert!(self.late * 20 <= self.logins, "{} of {}: {}", self.late, self.logins, self.described);
     }
 }

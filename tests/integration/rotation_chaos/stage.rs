@@ -146,8 +146,11 @@ impl Stage {
         let own = plan.below.is_none().then(|| tempfile::tempdir().unwrap());
         let folder = own.as_ref().map_or_else(|| plan.below.clone().unwrap(), |own| own.path().to_owned());
         if plan.aws.is_some() {
-            let credentials =
-                [("AWS_ACCESS_KEY_ID", "test"), ("AWS_SECRET_ACCESS_KEY", "test"), ("AWS_EC2_METADATA_DISABLED", "true")];
+            let credentials = [
+                ("AWS_ACCESS_KEY_ID", "test"),
+                ("AWS_SECRET_ACCESS_KEY", "test"),
+                ("AWS_EC2_METADATA_DISABLED", "true"),
+            ];
             plan.variables.extend(credentials.map(|(name, value)| (name.to_owned(), value.to_owned())));
         }
         let (config, _) = Served::configure(&folder, "", &plan.tables());

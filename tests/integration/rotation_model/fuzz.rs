@@ -37,7 +37,8 @@ fn fitting(effect: &Effect<u8>) -> Vec<Event<u8>> {
     match effect {
         // The usual ones first and more often, or hardly any activation would get further.
         Effect::Look => {
-            let usual = |pending, token_known| Event::Labels(Labels { current: EXPECTED, pending, token_known });
+            let usual =
+                |pending, token_known| Event::Labels(Labels { current: EXPECTED, pending, token_known });
             let mut every = every_labels();
             for _ in 0..16 {
                 every.extend([usual(Some(TOKEN), true), usual(None, false)]);
@@ -102,13 +103,19 @@ fn any_answers() -> impl Strategy<Value = Vec<Answer>> {
 }
 
 fn any_traits() -> impl Strategy<Value = Traits> {
-    (any::<bool>(), any::<bool>(), any::<bool>())
-        .prop_map(|(has_target, repairs, retires)| Traits { has_target, repairs, retires })
+    (any::<bool>(), any::<bool>(), any::<bool>()).prop_map(|(has_target, repairs, retires)| Traits {
+        has_target,
+        repairs,
+        retires,
+    })
 }
 
 fn any_run() -> impl Strategy<Value = Option<Progress<u8>>> {
     let phase = proptest::sample::select(Phase::ALL.to_vec());
-    proptest::option::weighted(0.7, phase.prop_map(|phase| Progress { token: TOKEN, expected: EXPECTED, phase }))
+    proptest::option::weighted(
+        0.7,
+        phase.prop_map(|phase| Progress { token: TOKEN, expected: EXPECTED, phase }),
+    )
 }
 
 const fn is_over(effect: &Effect<u8>) -> bool {
@@ -210,7 +217,7 @@ impl Watch {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 20_000, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 10_000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn whatever_it_is_answered_the_machine_does_nothing_out_of_turn_and_ends(
@@ -274,11 +281,8 @@ fn step_both(shelf: &mut Shelf, labels: &secret::Labels, step: u8, version: u8) 
             labels.put(&id(version), &[]).unwrap()
         }
         2 if !is_new => {
-            let change = LabelMove {
-                label: Label::Current,
-                from: Some(id(shelf.current)),
-                to: Some(id(version)),
-            };
+            let change =
+                LabelMove { label: Label::Current, from: Some(id(shelf.current)), to: Some(id(version)) };
             shelf.move_current(version);
             labels.apply(&change).unwrap()
         }
@@ -347,9 +351,13 @@ fn mixes() -> [Rotations; 6] {
 /// The names of the properties that a state breaks.
 fn broken(rotations: &Rotations, world: &World, with_convergence: bool) -> Vec<&'static str> {
     let looked_at = rotations.properties().into_iter().filter(|property| {
-        property.expectation == Expectation::Always && (with_convergence || property.name != properties::CONVERGES)
+        property.expectation == Expectation::Always
+            && (with_convergence || property.name != properties::CONVERGES)
     });
-    looked_at.filter(|property| !(property.condition)(rotations, world)).map(|property| property.name).collect()
+    looked_at
+        .filter(|property| !(property.condition)(rotations, world))
+        .map(|property| property.name)
+        .collect()
 }
 
 /// One walk; whether AWSCURRENT moved on it.

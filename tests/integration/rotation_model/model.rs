@@ -217,8 +217,11 @@ impl Rotations {
                 }
                 _ => Event::Failed,
             },
-            Effect::Bar => match world.store.version(run.token).or_else(|| world.store.version(run.expected)) {
-                Some(version) if !self.guards.bars || self.admits(world, version.user, fence) => Event::Barred,
+            Effect::Bar => match world.store.version(run.token).or_else(|| world.store.version(run.expected))
+            {
+                Some(version) if !self.guards.bars || self.admits(world, version.user, fence) => {
+                    Event::Barred
+                }
                 _ => Event::Failed,
             },
             Effect::Retire(run) => match world.store.version(run.expected) {
@@ -233,7 +236,8 @@ impl Rotations {
     }
 
     fn read(&self, world: &mut World, run: &Progress<u8>, token: u8) -> Event<u8> {
-        let (Some(pending), Some(base)) = (world.store.version(token), world.store.version(run.expected)) else {
+        let (Some(pending), Some(base)) = (world.store.version(token), world.store.version(run.expected))
+        else {
             return Event::Failed;
         };
         if self.traits.has_target && pending.user == base.user {
@@ -382,7 +386,8 @@ impl Rotations {
     fn actions_of(world: &World, index: usize, actions: &mut Vec<Action>) {
         let left = world.left;
         let worker = &world.workers[index];
-        let changes = !matches!(worker.effect, Effect::Look | Effect::Read(_) | Effect::Probe(_) | Effect::Test);
+        let changes =
+            !matches!(worker.effect, Effect::Look | Effect::Read(_) | Effect::Probe(_) | Effect::Test);
         // A transaction that compares what it read can't be done twice.
         let repeats = changes && !matches!(worker.effect, Effect::Save(_) | Effect::Ended(_));
         let has_room = world.underway.len() < MOST_UNDERWAY;
@@ -396,7 +401,9 @@ impl Rotations {
             (left.repeats > 0 && repeats && has_room, Action::Repeat(index)),
             (left.pauses > 0 && world.record.lease == Some(worker.fence), Action::Pause(index)),
         ];
-        actions.extend(permitted.into_iter().filter(|(is_permitted, _)| *is_permitted).map(|(_, action)| action));
+        actions.extend(
+            permitted.into_iter().filter(|(is_permitted, _)| *is_permitted).map(|(_, action)| action),
+        );
     }
 
     /// Whether, once faults stop, the run comes to its end, the next one too, and AWSCURRENT authenticates after them.

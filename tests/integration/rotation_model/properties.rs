@@ -16,7 +16,8 @@ pub const ONCE_WHEN_DUE: &str = "I5: each time it is due, AWSCURRENT moves at mo
 pub const ONCE_PER_TOKEN: &str = "I5: a token becomes current once";
 pub const PAIRS_MATCH: &str = "I6: what becomes current is a pair that the target has accepted";
 pub const PREVIOUS_WAS_CURRENT: &str = "I8: AWSPREVIOUS is what was AWSCURRENT before";
-pub const PERSONS_STAY: &str = "what a person made current is replaced only by a run that was claimed after it";
+pub const PERSONS_STAY: &str =
+    "what a person made current is replaced only by a run that was claimed after it";
 pub const ROTATES: &str = "it rotates, each time that it is due";
 
 pub fn all() -> Vec<Property<Rotations>> {
@@ -49,7 +50,8 @@ fn nothing_lost(rotations: &Rotations, world: &World) -> bool {
         return !world.store.is_lost(world.store.current);
     }
     let is_kept = |id: u8, password: Password| {
-        world.store.version(id).is_some_and(|version| version.password == password) && !world.store.is_lost(id)
+        world.store.version(id).is_some_and(|version| version.password == password)
+            && !world.store.is_lost(id)
     };
     let held = User::BOTH.into_iter().all(|user| match world.account(user).password {
         held @ (Password::Of(id) | Password::Anew(id)) => is_kept(id, held),

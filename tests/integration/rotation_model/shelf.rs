@@ -114,7 +114,8 @@ impl Shelf {
             return Event::Created;
         }
         let is_held = self.pending.is_some_and(|holder| holder != self.current && holder != run.token);
-        let Some(base) = self.version(self.current).filter(|_| self.current == run.expected && !is_held) else {
+        let Some(base) = self.version(self.current).filter(|_| self.current == run.expected && !is_held)
+        else {
             return Event::Conflict;
         };
         self.write(run.token, base.user.other(), false);

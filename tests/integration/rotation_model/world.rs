@@ -178,8 +178,10 @@ impl World {
             Run::Claimed(run) => run.token + 1,
             _ => 0,
         };
-        let offered =
-            self.workers.iter().map(|worker| worker.activation.run().map_or(worker.offered, |run| run.token) + 1);
+        let offered = self
+            .workers
+            .iter()
+            .map(|worker| worker.activation.run().map_or(worker.offered, |run| run.token) + 1);
         let underway = self.underway.iter().filter_map(|request| Some(request.run.as_ref()?.token + 1));
         offered.chain(underway).fold(written.max(claimed), u8::max)
     }

@@ -153,7 +153,7 @@ impl Session {
                 let wire = secured(stream, door).await?;
                 let mut session = Self { wire, incoming: BytesMut::new(), address };
                 session.log_in(door.database, credential).await?;
-                Ok(session)
+                Ok::<_, NoSession>(session)
             };
             within(LOGIN, "login", logged_in).await
         };

@@ -159,7 +159,7 @@ impl Place {
         };
         let port = match port {
             Some("") if !text.ends_with(':') => Some(DEFAULT_PORT),
-            Some(port) => port.parse().ok().filter(|port| *port != 0),
+            Some(port) => port.parse::<u16>().ok().filter(|port| *port != 0),
             None => None,
         };
         let Some(port) = port else { return refuse("has no port from 1 to 65535 behind its host") };

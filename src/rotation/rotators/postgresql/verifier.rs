@@ -23,7 +23,7 @@ pub(super) const PREFIX: &str = "SCRAM-SHA-256$";
 
 /// The verifier of a password of printable ASCII, which SASLprep (RFC 4013) leaves as it is.
 pub(super) fn verifier(password: &str) -> Result<String, Failure> {
-    let mut salt = [0; SALT_BYTES];
+    let mut salt = [0_u8; SALT_BYTES];
     SystemRandom::new().fill(&mut salt).map_err(|_| {
         Failure::new(Trouble::Defect, "the system gives no random bytes for a salt; try again")
     })?;
@@ -32,7 +32,7 @@ pub(super) fn verifier(password: &str) -> Result<String, Failure> {
 
 /// RFC 5802, section 3.
 fn with_salt(password: &str, salt: &[u8]) -> String {
-    let mut salted = Zeroizing::new([0; digest::SHA256_OUTPUT_LEN]);
+    let mut salted = Zeroizing::new([0_u8; digest::SHA256_OUTPUT_LEN]);
     pbkdf2::derive(pbkdf2::PBKDF2_HMAC_SHA256, ITERATIONS, salt, password.as_bytes(), salted.as_mut_slice());
     let key = hmac::Key::new(hmac::HMAC_SHA256, salted.as_slice());
     let stored = digest::digest(&digest::SHA256, hmac::sign(&key, b"Client Key").as_ref());
