@@ -10,7 +10,9 @@ use crate::audit::{Outcome, RECORD_ROOM, Record, Reservation};
 use crate::environment::{Durability, StoreChoice};
 use crate::error::{Reason, Reasoned};
 use crate::policy::{Action, Context, Grant, Resource};
-use crate::secret::{EnvironmentName, Label, LabelMove, SecretId, SecretName, SecretValue, Selector, VersionId};
+use crate::secret::{
+    EnvironmentName, Label, LabelMove, SecretId, SecretName, SecretValue, Selector, VersionId,
+};
 use crate::store::{Description, Fetched, Freshness, StoreError, Written};
 
 /// What one activation may write into the log: two records for each of its steps, generously.
@@ -115,23 +117,19 @@ impl Broker {
         value: SecretValue,
         expected: VersionId,
     ) -> Result<Written, BrokerError> {
-        self.changing(held, "rotate.create", || self.parts.stores.put_pending(&held.rotate, token, value, expected))
-            .await
+        self.changing(held, "rotate.create", || {
+            self.parts.stores.put_pending(&held.rotate, token, value, expected)
+        })
+        .await
     }
 
-    /// Moves AWSCURRENT by compare-and-swap. In the same step the cache forgets what was current, and watchers are told.
+    /// Moves AWSCURRENT by compare-and-swap, and spends AWSPENDING with it. In the same step the cache forgets what was current, and watchers are told.
     ///
     /// # Errors
     /// [`BrokerError`]; a label conflict where AWSCURRENT is on neither of them.
-    pub async fn promote(
-        &self,
-        held: &Held,
-        from: VersionId,
-        to: VersionId,
-    ) -> Result<Written, BrokerError> {
-        let change = LabelMove { label: Label::Current, from: Some(from), to: Some(to.clone()) };
+    pub async fn promote(&self, held: &Held, from: VersionId, to: VersionId) -> Result<Written, BrokerError> {
         let moving = async || {
-            let written = self.parts.stores.move_in_rotation(&held.rotate, &change).await?;
+            let written = self.parts.stores.promote(&held.rotate, &from, &to).await?;
             if let Resource::Secret(id) = held.rotate.resource() {
                 self.parts.feed.changed(id, Current::Version(to)).await;
             }
@@ -183,8 +181,10 @@ impl Broker {
         let record = record::of_grant(&held.call, operation, &held.rotate);
         self.append_within(held, record.clone().intent()).await?;
         let written = change().await.map_err(BrokerError::from);
-        self.released_within(held, record, written, |written, record| record.of_version(&written.version).done())
-            .await
+        self.released_within(held, record, written, |written, record| {
+            record.of_version(&written.version).done()
+        })
+        .await
     }
 
     /// A step at the target is about to be made.

@@ -53,7 +53,7 @@ use jiff::Timestamp;
 
 use crate::clock::SharedClock;
 use crate::environment::{Environment, NamePattern};
-use crate::secret::{EnvironmentName, LabelMove, SecretId, Selector};
+use crate::secret::{EnvironmentName, LabelMove, SecretId, Selector, VersionId};
 use crate::store::{
     Description, Fetched, Freshness, ListPage, ListRequest, Put, RecoveryWindow, Store, StoreError, Written,
 };
@@ -293,6 +293,11 @@ impl Store for Cache {
     async fn move_label(&self, id: &SecretId, change_of: &LabelMove) -> Result<Written, StoreError> {
         let ((store, of), label_move) = (self.inner.upstream(id), change_of.clone());
         change(&self.inner, id, async move { store.move_label(&of, &label_move).await }, Tracker::wrote).await
+    }
+
+    async fn promote(&self, id: &SecretId, from: &VersionId, to: &VersionId) -> Result<Written, StoreError> {
+        let ((store, of), from, to) = (self.inner.upstream(id), from.clone(), to.clone());
+        change(&self.inner, id, async move { store.promote(&of, &from, &to).await }, Tracker::wrote).await
     }
 
     async fn delete(&self, id: &SecretId, window: RecoveryWindow) -> Result<Timestamp, StoreError> {

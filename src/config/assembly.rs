@@ -241,13 +241,8 @@ impl Running {
         let settings = resolved.rotation;
         let ledger = Ledger::new(shared, state_key, Arc::clone(&clock), &resolved.instance, settings.lease);
         let (stopping, told) = watch::channel(false);
-        let engine = Arc::new(Engine::new(
-            Arc::clone(&broker),
-            Arc::new(ledger),
-            Arc::clone(&clock),
-            settings,
-            told,
-        ));
+        let engine =
+            Arc::new(Engine::new(Arc::clone(&broker), Arc::new(ledger), Arc::clone(&clock), settings, told));
         let rotations = Arc::new(Rotations::new(Arc::clone(&broker), engine));
         let scheduler = resolved.scheduler.then(|| Scheduler::new(&rotations));
         Ok(Self {

@@ -185,7 +185,7 @@ fn written(duration: Duration) -> String {
     if nanoseconds == 0 {
         return "0s".to_owned();
     }
-    let whole = UNITS.into_iter().find(|(unit, _)| nanoseconds % unit == 0);
+    let whole = UNITS.into_iter().find(|(unit, _)| nanoseconds.is_multiple_of(*unit));
     let (unit, name) = whole.unwrap_or((1, "ns"));
     format!("{}{name}", nanoseconds / unit)
 }

@@ -21,8 +21,9 @@
 //! - a value is generated only where the store does not know the token;
 //! - an effect whose outcome is not known ends the activation, so that under one fence at most one change of the target
 //!   is ever on its way;
-//! - a pending value that the target may hold is given up only behind a higher fence, when the target has definitely
-//!   rejected it and definitely accepts AWSCURRENT.
+//! - a pending value that the target may hold is given up only behind a higher fence, and is kept under a label of its
+//!   own; another value is tried in its place only when the target has definitely rejected it and definitely accepts
+//!   AWSCURRENT.
 
 use std::fmt;
 
@@ -146,13 +147,15 @@ pub enum Effect<T> {
     /// Log in anew with the pending value at every endpoint and compare what the login may do. Answer:
     /// [`Event::Tested`], or [`Event::Rejected`] where a target definitely rejects what it took before.
     Test,
-    /// Move AWSCURRENT by compare-and-swap. Answer: [`Event::Promoted`] or [`Event::Conflict`].
+    /// Move AWSCURRENT by compare-and-swap, and spend AWSPENDING in the same step. Answer: [`Event::Promoted`] or
+    /// [`Event::Conflict`], where either label is elsewhere.
     Promote(Progress<T>),
     /// Make the target refuse whatever carries a lower fence, without any other change. Answer: [`Event::Barred`].
     Bar,
-    /// Take AWSPENDING off the token: it is current, or its value is given up. Answer: [`Event::Withdrawn`].
+    /// Take AWSPENDING off the token, which is current. Answer: [`Event::Withdrawn`].
     Withdraw(T),
-    /// Take AWSPENDING off the token, but keep the version under a label of its own. Answer: [`Event::Withdrawn`].
+    /// Take AWSPENDING off the token, whose value is given up, and keep the version under a label of its own: a late
+    /// change, or another's, may yet put it into the target. Answer: [`Event::Withdrawn`].
     Keep(T),
     /// Withdraw from the target what was current before, if AWSCURRENT is still the token. Answer: [`Event::Retired`].
     Retire(Progress<T>),
@@ -343,7 +346,7 @@ impl<T: Clone + Eq> Activation<T> {
                 _ => self.save(Phase::Finish, Awaits::FinishSaved),
             },
             (Awaits::Test, Event::Rejected) => self.save(Phase::Set, Awaits::BackSaved),
-            (Awaits::Promotion, Event::Promoted) => self.promoted(),
+            (Awaits::Promotion, Event::Promoted) => self.cleared(),
             (Awaits::Cleared, Event::Withdrawn) => self.cleared(),
             (Awaits::Promotion, Event::Conflict) => self.ask(Awaits::Settlement, Effect::Look),
             (Awaits::GivingUpBar(ending), Event::Barred) => {
@@ -361,7 +364,11 @@ impl<T: Clone + Eq> Activation<T> {
         if labels.current == run.token {
             return match run.phase {
                 Phase::Retire => self.with_run(Awaits::Retirement, Effect::Retire),
-                _ => self.promoted(),
+                Phase::Finish => self.promoted(),
+                _ if !self.traits.has_target => self.promoted(),
+                // A person moved the label before the target was told: it is told now.
+                Phase::Create => self.save(Phase::Set, Awaits::Claim),
+                _ => self.with_run(Awaits::Value, |run| Effect::Read(run.token)),
             };
         }
         match run.phase {
@@ -370,7 +377,10 @@ impl<T: Clone + Eq> Activation<T> {
             _ if self.abort => self.give_up(Ending::Aborted, labels.token_known),
             _ if labels.current != run.expected => self.give_up(Ending::Superseded, labels.token_known),
             Phase::Create if !labels.token_known => self.with_run(Awaits::Creation, Effect::Create),
-            _ if !labels.token_known => self.give_up(Ending::Superseded, false),
+            // The claim is spent: the run was promoted and someone moved AWSCURRENT back, or took AWSPENDING away.
+            _ if !labels.token_known || labels.pending.as_ref() != Some(&run.token) => {
+                self.give_up(Ending::Superseded, labels.token_known)
+            }
             _ => self.with_run(Awaits::Value, |run| Effect::Read(run.token)),
         }
     }
@@ -423,7 +433,7 @@ impl<T: Clone + Eq> Activation<T> {
                 self.ask(Awaits::RefusedCurrent, Effect::Probe(Which::Current))
             }
             (Awaits::RefusedCurrent, Probe::Accepted) => {
-                self.with_run(Awaits::RefusedWithdrawal, |run| Effect::Withdraw(run.token))
+                self.with_run(Awaits::RefusedWithdrawal, |run| Effect::Keep(run.token))
             }
             (_, Probe::Unverifiable) => self.rest(Rest::Blocked(Block::Unverifiable)),
             (_, Probe::Unknown) => self.rest(Rest::Failed),
@@ -449,12 +459,15 @@ impl<T: Clone + Eq> Activation<T> {
         match &self.run {
             Some(run) if labels.current == run.token => self.promoted(),
             // The swap failed for another reason than the label that it compared; it may not fail again.
-            Some(run) if labels.current == run.expected => self.rest(Rest::Failed),
+            Some(run) if labels.current == run.expected && labels.pending.as_ref() == Some(&run.token) => {
+                self.rest(Rest::Failed)
+            }
             _ => self.give_up(Ending::Superseded, labels.token_known),
         }
     }
 
-    /// AWSPENDING must not stay behind: once AWSCURRENT moves on, it would pass for a value that is still to come.
+    /// Where a store could not spend AWSPENDING in the same step, it must not stay behind: once AWSCURRENT moves on, it
+    /// would pass for a value that is still to come.
     fn promoted(&mut self) -> Effect<T> {
         self.with_run(Awaits::Cleared, |run| Effect::Withdraw(run.token))
     }
@@ -472,7 +485,7 @@ impl<T: Clone + Eq> Activation<T> {
         let may_hold = self.traits.has_target && self.phase().is_some_and(|phase| phase >= Phase::Set);
         match (may_hold, written) {
             (true, _) => self.ask(Awaits::GivingUpBar(ending), Effect::Bar),
-            (false, true) => self.with_run(Awaits::GivingUp(ending), |run| Effect::Withdraw(run.token)),
+            (false, true) => self.with_run(Awaits::GivingUp(ending), |run| Effect::Keep(run.token)),
             (false, false) => self.over(Effect::Ended(ending)),
         }
     }

@@ -87,6 +87,9 @@ troubles! {
     /// A standby does not accept the new value yet.
     StandbyBehind = "standby_behind", person: false,
         mend: "nothing, unless it lasts: see that replication to the standby runs";
+    /// Programs still use what is to be withdrawn.
+    StillInUse = "still_in_use", person: false,
+        mend: "nothing, unless it lasts: have the programs that still use the earlier credential connect anew";
     /// The answer to a step did not come in time; it may have been done.
     Unanswered = "unanswered", person: false,
         mend: "nothing: the target is asked what it holds before anything is changed";
@@ -214,7 +217,8 @@ mod tests {
 
     #[test]
     fn codes_are_distinct_and_every_trouble_has_a_mend() {
-        let codes: std::collections::BTreeSet<_> = Trouble::ALL.iter().map(|trouble| trouble.code()).collect();
+        let codes: std::collections::BTreeSet<_> =
+            Trouble::ALL.iter().map(|trouble| trouble.code()).collect();
         assert_eq!(codes.len(), Trouble::ALL.len());
         for trouble in Trouble::ALL {
             assert!(!trouble.mend().is_empty() && !trouble.mend().contains('\n'), "{trouble}");

@@ -207,7 +207,8 @@ impl Rotation {
         if !key.verify(&parts(id, json), mac) {
             return Err(unreadable("was changed by something other than this broker"));
         }
-        serde_json::from_slice(json).map_err(|_| unreadable("is of a version that this program does not know"))
+        serde_json::from_slice(json)
+            .map_err(|_| unreadable("is of a version that this program does not know"))
     }
 }
 

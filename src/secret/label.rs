@@ -289,6 +289,27 @@ impl Labels {
         }
     }
 
+    /// The labels after a pending version came into use: AWSCURRENT moves from `from` to `to`, and AWSPENDING, which
+    /// must be on `to`, goes in the same step. So whoever comes late with the same move, after someone moved AWSCURRENT
+    /// back, finds the claim spent. Where `to` is current already, nothing but a claim of its own is removed.
+    ///
+    /// # Errors
+    /// [`LabelError::Moved`] where either label is elsewhere; [`LabelError::TooMany`].
+    pub fn finish(&self, from: &VersionId, to: &VersionId) -> Result<Self, LabelError> {
+        let pending = self.holder(&Label::Pending);
+        let is_current = self.holder(&Label::Current) == Some(to);
+        if pending != Some(to) && !is_current {
+            let (found, expected) = (place(pending), place(Some(to)));
+            return Err(LabelError::Moved { label: Label::Pending, found, expected });
+        }
+        let change = LabelMove { label: Label::Current, from: Some(from.clone()), to: Some(to.clone()) };
+        let mut next = self.apply(&change)?;
+        if pending == Some(to) {
+            next.0.remove(&Label::Pending);
+        }
+        Ok(next)
+    }
+
     fn promote(&mut self, version: &VersionId) {
         let last = self.0.insert(Label::Current, version.clone());
         if let Some(last) = last.filter(|last| last != version) {

@@ -150,7 +150,21 @@ impl Guarded {
         store.put(id, Put { value, token, labels, expected: Some(Some(expected)) }).await
     }
 
-    /// Moves AWSCURRENT or AWSPENDING, or marks a version with a label of its own, as a rotation does.
+    /// Brings a pending version into use.
+    ///
+    /// # Errors
+    /// [`StoreError`]; the grant must be for [`Action::Rotate`].
+    pub async fn promote(
+        &self,
+        grant: &Grant,
+        from: &VersionId,
+        to: &VersionId,
+    ) -> Result<Written, StoreError> {
+        let (store, id) = self.secret(grant, Action::Rotate)?;
+        store.promote(id, from, to).await
+    }
+
+    /// Moves AWSPENDING, or marks a version with a label of its own, as a rotation does.
     ///
     /// # Errors
     /// [`StoreError`]; the grant must be for [`Action::Rotate`].
@@ -440,6 +454,7 @@ mod tests {
             if action != Action::Rotate {
                 let Put { value, token, .. } = a_put();
                 of_a_defect(guarded.put_pending(&grant, token, value, number(1)).await);
+                of_a_defect(guarded.promote(&grant, &number(1), &number(2)).await);
                 of_a_defect(guarded.move_in_rotation(&grant, &change).await);
             }
             if action != Action::Rollback {

@@ -323,6 +323,33 @@ pub trait Store: Send + Sync {
     /// Moves one label by compare-and-swap.
     async fn move_label(&self, id: &SecretId, change: &LabelMove) -> Result<Written, StoreError>;
 
+    /// Brings a pending version into use: AWSCURRENT moves from `from` to `to`, and AWSPENDING, which must be on `to`,
+    /// goes ([`Labels::finish`](crate::secret::Labels::finish)). A store with transactions does both in one; what is
+    /// here is for one without: it looks, then moves one label after the other, so that a move which is late by whole
+    /// rotations can meet labels that stand as it expects.
+    async fn promote(&self, id: &SecretId, from: &VersionId, to: &VersionId) -> Result<Written, StoreError> {
+        let description = self.describe(id).await?;
+        let holds = |label: &Label| {
+            description.versions.iter().any(|version| version.id == *to && version.labels.contains(label))
+        };
+        let is_pending = holds(&Label::Pending);
+        if !is_pending && !holds(&Label::Current) {
+            let (label, found) = (Label::Pending, "another version or none".to_owned());
+            return Err(LabelError::Moved { label, found, expected: format!("version {to}") }.into());
+        }
+        let change = LabelMove { label: Label::Current, from: Some(from.clone()), to: Some(to.clone()) };
+        let written = self.move_label(id, &change).await?;
+        let spent = LabelMove { label: Label::Pending, from: Some(to.clone()), to: None };
+        if is_pending
+            && let Err(error) = self.move_label(id, &spent).await
+            && error.reason() != Reason::Conflict
+        {
+            // AWSCURRENT has moved, which is what was asked for; the label is found by the next look.
+            tracing::debug!(%error, "AWSPENDING stays behind for now");
+        }
+        Ok(written)
+    }
+
     /// Deletes a secret; it can be restored until the returned time.
     async fn delete(&self, id: &SecretId, window: RecoveryWindow) -> Result<Timestamp, StoreError>;
 

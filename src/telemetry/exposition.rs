@@ -281,7 +281,12 @@ impl Scrape {
         let help = "Rotations that are set, by how they are.";
         families.gauges("claviger_rotations", help, None, by("health", &rotations.health))?;
         let help = "For how long the rotation is due that waits longest.";
-        families.gauges("claviger_rotation_overdue", help, Some(&Unit::Seconds), [([], rotations.overdue)])?;
+        families.gauges(
+            "claviger_rotation_overdue",
+            help,
+            Some(&Unit::Seconds),
+            [([], rotations.overdue)],
+        )?;
         let help = "How long ago the scheduler last looked for what is due.";
         let looked = rotations.scheduler_looked.map(|seconds| ([], seconds));
         families.gauges("claviger_rotation_scheduler_looked", help, Some(&Unit::Seconds), looked)?;

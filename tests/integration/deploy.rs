@@ -262,7 +262,9 @@ fn every_key_of_the_configuration_is_in_an_example() {
     let examples =
         ["one-machine", "aws", "sidecar"].map(|name| read(&format!("deploy/{name}.toml"))).join("\n");
     let mut keys = Vec::new();
-    for structure in ["Raw", "Listen", "Rates", "Kv", "RootKey", "Policy", "Audit", "Identity", "Cache", "Rotation"] {
+    for structure in
+        ["Raw", "Listen", "Rates", "Kv", "RootKey", "Policy", "Audit", "Identity", "Cache", "Rotation"]
+    {
         keys.extend(fields("src/config/raw.rs", structure));
     }
     for (file, structure) in [
@@ -308,7 +310,8 @@ fn every_definition_of_a_rotation_is_taken() {
     for file in fs::read_dir(repository("deploy/rotations")).unwrap() {
         let path = file.unwrap().path();
         let text = fs::read_to_string(&path).unwrap();
-        let definition = Definition::parse(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        let definition =
+            Definition::parse(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         kinds.push(definition.rotator);
     }
     kinds.sort();

@@ -331,7 +331,7 @@ async fn relay(
 async fn r10_a_change_that_did_not_arrive_is_told_and_made_again() {
     let server = prepared(&Options::default());
     let between = Between::new("127.0.0.1", &server).await;
-    let run = Run::of(rotator(&[between.place.clone()], &json!({})));
+    let run = Run::of(rotator(std::slice::from_ref(&between.place), &json!({})));
     between.cut(Cut::Before);
     assert_eq!(run.set().await, Err(Trouble::Unanswered));
     assert_eq!(run.probe_pending().await, Probe::Rejected);
@@ -345,7 +345,7 @@ async fn r10_a_change_that_did_not_arrive_is_told_and_made_again() {
 async fn r11_a_change_whose_answer_is_lost_is_found_made() {
     let server = prepared(&Options::default());
     let between = Between::new("127.0.0.1", &server).await;
-    let run = Run::of(rotator(&[between.place.clone()], &json!({})));
+    let run = Run::of(rotator(std::slice::from_ref(&between.place), &json!({})));
     between.cut(Cut::After);
     assert_eq!(run.set().await, Err(Trouble::Unanswered));
     between.cut(Cut::Never);
@@ -630,7 +630,7 @@ async fn what_a_server_says_to_a_login_is_told_apart() {
 /// A probe of a server that shows this certificate, on the way over `between`.
 async fn probe_over_tls(between: &Between, ca_file: &std::path::Path) -> Probe {
     let change = json!({"tls": "verify-full", "ca_file": ca_file});
-    let run = Run::of(rotator(&[between.place.clone()], &change));
+    let run = Run::of(rotator(std::slice::from_ref(&between.place), &change));
     let probe = run.probe_current().await;
     let heard = between.heard();
     // An SSLRequest (PostgreSQL documentation, "SSLRequest"), and then TLS or nothing.

@@ -456,8 +456,7 @@ async fn a_rotation_is_set_shown_paused_and_removed() {
     let record = shown.rotation.unwrap();
     assert_eq!((record.health(), shown.min_gap), (Health::Idle, GAP));
     assert_eq!(record.next_at, house.clock.now() + DAY, "at its time, never at once");
-    let page =
-        rotations.list(&root, "development".parse().unwrap(), None, 1).await.unwrap();
+    let page = rotations.list(&root, "development".parse().unwrap(), None, 1).await.unwrap();
     assert_eq!((page.rotations.len(), page.more), (1, true));
     let after = Some(page.rotations[0].id.name.clone());
     let page = rotations.list(&root, "development".parse().unwrap(), after, 1).await.unwrap();
@@ -497,7 +496,9 @@ async fn what_can_not_be_set_is_said_at_once_and_nothing_is_set() {
     house.put(&id("development", "gone"), "v").await;
     let broker = &house.running.broker;
     broker.delete(&root, id("development", "gone"), RecoveryWindow::DEFAULT).await.unwrap();
-    for bad in ["", "rotator = 1", "rotator = \"no-such\"\nschedule = \"every 1d\"", "schedule = \"every 1d\""] {
+    for bad in
+        ["", "rotator = 1", "rotator = \"no-such\"\nschedule = \"every 1d\"", "schedule = \"every 1d\""]
+    {
         assert_eq!(reason(set(id("development", "api"), bad).await), Reason::InvalidConfig, "{bad:?}");
     }
     assert_eq!(reason(set(id("no-such-place", "api"), &daily()).await), Reason::EnvironmentNotFound);
@@ -661,7 +662,10 @@ async fn r31_a_clock_that_is_set_rotates_nothing_by_itself() {
     let truth = house.clock.now();
     house.set_clock(truth + YEAR);
     house.looked().await;
-    assert_eq!(reason(rotate_due(&house.rotations, cron(), None, false).await.map(|_| ())), Reason::Unavailable);
+    assert_eq!(
+        reason(rotate_due(&house.rotations, cron(), None, false).await.map(|_| ())),
+        Reason::Unavailable
+    );
     house.set_clock(truth);
     house.looked().await;
     house.pass(Duration::from_secs(601)).await;
@@ -1014,8 +1018,10 @@ async fn every_step_is_on_record_as_the_engine_s_with_whoever_asked() {
     let token = token_of(&rotate(&house.rotations, cron, &api).await.unwrap());
     let value = house.value(&api).await;
     let records = house.end().await;
-    let asked: Vec<_> =
-        records.iter().filter(|r| r["principal"] == r#"Workload::"nightly""# && r["operation"] == "rotate").collect();
+    let asked: Vec<_> = records
+        .iter()
+        .filter(|r| r["principal"] == r#"Workload::"nightly""# && r["operation"] == "rotate")
+        .collect();
     assert_eq!((&asked[0]["kind"], &asked[1]["kind"]), (&"intent".into(), &"access".into()));
     assert_eq!((&asked[1]["outcome"], asked.len()), (&"ok".into(), 2));
     let steps: Vec<_> =

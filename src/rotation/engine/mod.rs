@@ -16,6 +16,7 @@
 mod work;
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -25,7 +26,7 @@ use tokio::sync::{Semaphore, watch};
 
 use self::work::Work;
 use super::definition::Definition;
-use super::ledger::{Begin, Ledger, Lease, Saved, Taken};
+use super::ledger::{Begin, Lease, Ledger, Saved, Taken};
 use super::machine::{Activation, Block, Effect, Ending, Event, Phase, Rest, Traits};
 use super::record::{Rotation, Run};
 use super::{Failure, Trouble, schedule};
@@ -353,13 +354,14 @@ impl Engine {
             retires: run.definition.retire_after.is_some() && rotator.can_retire(),
         };
         let mut work = Work::new(self, lease, rotator, held, rotation);
-        let effect = self.drive(&mut work, traits, run, tell).await;
+        let effect = self.drive(lease, &mut work, traits, run, tell).await;
         self.conclude(lease, work.into_failure(), effect).await
     }
 
     /// Lets the machine run until it has nothing more to ask; gives its last word.
     async fn drive(
         &self,
+        lease: &Lease,
         work: &mut Work<'_>,
         traits: Traits,
         run: Run,
@@ -372,7 +374,7 @@ impl Engine {
                 Activation::begin(traits, run.progress.clone(), offered, run.abort);
             while !matches!(effect, Effect::Rest(_) | Effect::Ended(_)) {
                 tell(Told::Step { step: name_of(&effect), made: false });
-                let event = self.perform(work, &effect).await;
+                let event = self.perform(lease, work, &effect).await;
                 tell(Told::Step { step: name_of(&effect), made: true });
                 if let (Effect::Save(progress), Event::Saved { .. }) = (&effect, &event) {
                     tell(Told::Phase { token: Some(progress.token.clone()), phase: progress.phase });
@@ -399,7 +401,12 @@ impl Engine {
     }
 
     /// One effect, if the lease is still ours, within its bound.
-    async fn perform(&self, work: &mut Work<'_>, effect: &Effect<VersionId>) -> Event<VersionId> {
+    async fn perform(
+        &self,
+        lease: &Lease,
+        work: &mut Work<'_>,
+        effect: &Effect<VersionId>,
+    ) -> Event<VersionId> {
         match work.keep_lease().await {
             Ok(true) => {}
             Ok(false) => return Event::Lost,
@@ -408,15 +415,37 @@ impl Engine {
                 return Event::Failed;
             }
         }
-        if let Ok(event) = tokio::time::timeout(self.settings.step, work.perform(effect)).await {
-            return event.unwrap_or_else(|failure| {
-                work.fail(failure);
-                Event::Failed
-            });
+        let bound = match effect {
+            Effect::Test => self.settings.step + work.patience(),
+            _ => self.settings.step,
+        };
+        let step = tokio::time::timeout(bound, work.perform(effect));
+        let event = tokio::select! {
+            event = step => event,
+            never = self.keep_alive(lease) => match never {},
+        };
+        let late = |_| {
+            let message = format!("{} took longer than {bound:?}", name_of(effect));
+            Err(Failure::new(Trouble::Unanswered, message))
+        };
+        event.unwrap_or_else(late).unwrap_or_else(|failure| {
+            work.fail(failure);
+            Event::Failed
+        })
+    }
+
+    /// Renews the lease while a step takes its time. One that is lost all the same ends no step: what a second owner
+    /// does meanwhile, the fence sees to.
+    async fn keep_alive(&self, lease: &Lease) -> Infallible {
+        let mut ticks = tokio::time::interval(self.settings.lease / 3);
+        // The first comes at once, and the lease was looked at a moment ago.
+        ticks.tick().await;
+        loop {
+            ticks.tick().await;
+            if let Err(error) = self.ledger.renew(lease).await {
+                tracing::debug!(%error, "a lease can't be renewed for now");
+            }
         }
-        let message = format!("{} took longer than {:?}", name_of(effect), self.settings.step);
-        work.fail(Failure::new(Trouble::Unanswered, message));
-        Event::Failed
     }
 
     /// Writes down how an activation came out.

@@ -2,6 +2,7 @@
 //! through the ledger.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::super::ledger::{Lease, Saved};
 use super::super::machine::{Effect, Event, Labels, Phase, Probe, Progress, Which};
@@ -49,6 +50,11 @@ impl<'a> Work<'a> {
 
     pub(super) fn into_failure(self) -> Option<Failure> {
         self.failure
+    }
+
+    /// How much longer a test may take.
+    pub(super) fn patience(&self) -> Duration {
+        self.rotator.patience()
     }
 
     /// Whether the run is still ours for at least one more step.
@@ -105,7 +111,10 @@ impl<'a> Work<'a> {
         let description = self.engine.broker.rotation_look(&self.held).await?;
         let id = self.lease.id();
         if description.deletion_at.is_some() {
-            return Err(Failure::new(Trouble::SecretDeleted, StoreError::SecretDeleted(id.clone()).to_string()));
+            return Err(Failure::new(
+                Trouble::SecretDeleted,
+                StoreError::SecretDeleted(id.clone()).to_string(),
+            ));
         }
         let Some(current) = holder(&description, &Label::Current) else {
             return Err(Failure::new(Trouble::SecretMissing, format!("secret {id} has no current version")));
@@ -127,10 +136,14 @@ impl<'a> Work<'a> {
     ) -> Result<Option<VersionId>, Failure> {
         let of = |label: &Label| description.versions.iter().find(|version| version.labels.contains(label));
         let (Some(pending), Some(now)) = (of(&Label::Pending), of(&Label::Current)) else { return Ok(None) };
-        let is_left_behind =
-            pending.created_at < now.created_at || pending.labels.contains(&Label::Previous);
-        if pending.id == *current || !is_left_behind || self.token().as_ref() == Some(&pending.id) {
+        let is_left_behind = pending.created_at < now.created_at || pending.labels.contains(&Label::Previous);
+        if pending.id == *current || !is_left_behind {
             return Ok(Some(pending.id.clone()));
+        }
+        if self.token().as_ref() == Some(&pending.id) {
+            // One's own, promoted and moved back by someone: the claim is spent, whatever the label says.
+            let is_spent = pending.labels.contains(&Label::Previous);
+            return Ok((!is_spent).then(|| pending.id.clone()));
         }
         let keep = Some(kept_under(&pending.id)?);
         self.engine.broker.withdraw(&self.held, &pending.id, keep).await?;
@@ -184,7 +197,12 @@ impl<'a> Work<'a> {
         let now = self.engine.clock.now();
         let value = self.rotator.create(&current, now, self.rotation.refused)?;
         self.pace().await;
-        let put = self.engine.broker.put_pending(&self.held, run.token.clone(), value.clone(), run.expected.clone());
+        let put = self.engine.broker.put_pending(
+            &self.held,
+            run.token.clone(),
+            value.clone(),
+            run.expected.clone(),
+        );
         match put.await {
             Ok(_) => self.generated = Some(value),
             // An earlier attempt whose answer was lost: the stored value is the one.
@@ -366,7 +384,11 @@ impl<'a> Work<'a> {
         Ok(())
     }
 
-    async fn withdraw(&mut self, token: &VersionId, keep: Option<Label>) -> Result<Event<VersionId>, Failure> {
+    async fn withdraw(
+        &mut self,
+        token: &VersionId,
+        keep: Option<Label>,
+    ) -> Result<Event<VersionId>, Failure> {
         self.pace().await;
         self.engine.broker.withdraw(&self.held, token, keep).await?;
         Ok(Event::Withdrawn)

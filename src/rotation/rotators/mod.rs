@@ -11,6 +11,7 @@ pub mod random;
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use jiff::Timestamp;
@@ -29,8 +30,11 @@ pub struct Entry {
     /// What it does, in a line.
     pub about: &'static str,
     /// Checks a table's settings and makes one. The error names the key and the mend.
-    pub build: fn(&serde_json::Map<String, serde_json::Value>) -> Result<Arc<dyn Rotator>, String>,
+    pub build: Build,
 }
+
+/// From a table's settings to a rotator, or what is wrong with which key.
+pub type Build = fn(&serde_json::Map<String, serde_json::Value>) -> Result<Arc<dyn Rotator>, String>;
 
 impl fmt::Debug for Entry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -100,6 +104,11 @@ pub trait Rotator: Send + Sync + fmt::Debug {
     /// The secret, of the same environment, that holds the admin's credential.
     fn admin(&self) -> Option<&SecretName> {
         None
+    }
+
+    /// How much longer than any other step a [test](Self::test) may take: endpoints may be behind.
+    fn patience(&self) -> Duration {
+        Duration::ZERO
     }
 
     /// Whether [`retire`](Self::retire) does anything.

@@ -234,13 +234,7 @@ impl Scheduler {
         Ok(())
     }
 
-    fn what_to_do(
-        &self,
-        id: &SecretId,
-        rotation: &Rotation,
-        now: Timestamp,
-        held: Option<Duration>,
-    ) -> What {
+    fn what_to_do(&self, id: &SecretId, rotation: &Rotation, now: Timestamp, held: Option<Duration>) -> What {
         match (rotation.attention_at(), held) {
             (None, _) => return What::NotYet(ASIDE),
             (Some(at), _) if at > now => return What::NotYet(between(now, at)),

@@ -52,7 +52,11 @@ impl Steps {
         if off_by.unsigned_abs() > SLACK {
             seen.settled_at = Some(monotonic + SETTLES_WITHIN);
             let (step, wait) = (off_by.as_secs(), SETTLES_WITHIN.as_secs());
-            tracing::warn!(step, wait, "the clock was set (seconds); no rotation begins until it has gone on evenly");
+            tracing::warn!(
+                step,
+                wait,
+                "the clock was set (seconds); no rotation begins until it has gone on evenly"
+            );
         }
         let left = seen.settled_at?.checked_sub(monotonic).filter(|left| !left.is_zero());
         if left.is_none() {

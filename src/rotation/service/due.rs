@@ -144,7 +144,11 @@ impl Round {
 
     /// What the caller may not rotate is on record in one piece: a cron job of one team must not fill the log with the
     /// secrets of all the others.
-    async fn record_left_out(&self, permitted: &[SecretId], left_out: &[SecretId]) -> Result<(), BrokerError> {
+    async fn record_left_out(
+        &self,
+        permitted: &[SecretId],
+        left_out: &[SecretId],
+    ) -> Result<(), BrokerError> {
         if left_out.is_empty() {
             return Ok(());
         }

@@ -347,7 +347,8 @@ fn hasten(run: &mut Run, now: Timestamp) {
 fn aborting(id: &SecretId, before: Option<Rotation>, now: Timestamp) -> Result<Rotation, BrokerError> {
     let mut rotation = before.ok_or_else(|| not_set(id))?;
     if is_retiring(&rotation) {
-        let problem = "has moved AWSCURRENT already; there is nothing to abort, `claviger rollback` moves it back";
+        let problem =
+            "has moved AWSCURRENT already; there is nothing to abort, `claviger rollback` moves it back";
         return Err(conflict(id, problem));
     }
     let Some(run) = &mut rotation.run else {

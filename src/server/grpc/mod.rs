@@ -86,7 +86,8 @@ pub(super) fn router(
     let policies = policies::PolicyQuestions::new(Arc::clone(broker), changes.clone());
     let keys = keys::KeyAdministration::new(Arc::clone(broker), changes.clone(), shutdown.clone());
     let caches = caches::CacheAdministration::new(Arc::clone(broker), changes.clone());
-    let rotations = rotations::RotationDoor::new(Arc::clone(broker), Arc::clone(&house.rotations), changes.clone());
+    let rotations =
+        rotations::RotationDoor::new(Arc::clone(broker), Arc::clone(&house.rotations), changes.clone());
     let audit = audit::AuditReading::new(Arc::clone(broker), shutdown);
     let health = health::service(Arc::clone(&house.health), door::services());
     let reflection = tonic_reflection::server::Builder::configure()

@@ -18,7 +18,11 @@ use crate::store::{Order, Put, StoreError, Written};
 pub(super) enum Request<'a> {
     Put(&'a Put),
     Move(&'a LabelMove),
-    Delete { at: Timestamp },
+    /// From the first version to the second.
+    Promote(&'a VersionId, &'a VersionId),
+    Delete {
+        at: Timestamp,
+    },
     Restore,
 }
 
@@ -27,7 +31,7 @@ impl Request<'_> {
     fn value(&self) -> Option<&SecretValue> {
         match self {
             Self::Put(put) => Some(&put.value),
-            Self::Move(_) | Self::Delete { .. } | Self::Restore => None,
+            Self::Move(_) | Self::Promote(..) | Self::Delete { .. } | Self::Restore => None,
         }
     }
 }
@@ -173,6 +177,7 @@ impl Sealed {
                 rules::put(id, record, put, same_value, now)
             }
             Request::Move(change) => rules::move_label(id, record, change, now),
+            Request::Promote(from, to) => rules::promote(id, record, (from, to), now),
             Request::Delete { at } => rules::delete(id, record, *at, now),
             Request::Restore => rules::restore(id, record, now),
         };

@@ -305,6 +305,11 @@ impl Store for Sealed {
         done.written(id, version)
     }
 
+    async fn promote(&self, id: &SecretId, from: &VersionId, to: &VersionId) -> Result<Written, StoreError> {
+        let done = self.change(id, &Request::Promote(from, to)).await?;
+        done.written(id, done.record.version(to))
+    }
+
     async fn delete(&self, id: &SecretId, window: RecoveryWindow) -> Result<Timestamp, StoreError> {
         let at = self.clock.now().saturating_add(DAY * u32::from(window.as_days())).unwrap_or(Timestamp::MAX);
         self.change(id, &Request::Delete { at }).await?;

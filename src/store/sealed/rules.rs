@@ -12,7 +12,7 @@ use std::collections::BTreeSet;
 use jiff::{SignedDuration, Timestamp};
 
 use super::record::{SecretRecord, ValueTag, VersionRecord};
-use crate::secret::{Label, LabelMove, SecretId, Selector, VersionId};
+use crate::secret::{Label, LabelMove, Labels, SecretId, Selector, VersionId};
 use crate::store::{Put, StoreError};
 
 /// How many versions without a label are kept (AWS Secrets Manager, "Secret versions").
@@ -101,7 +101,24 @@ pub(super) fn move_label(
     if let Some(to) = change.to.as_ref().filter(|to| record.version(to).is_none()) {
         return Err(StoreError::VersionNotFound { id: id.clone(), selector: Selector::Version(to.clone()) });
     }
-    let labels = record.labels.apply(change)?;
+    relabelled(record, record.labels.apply(change)?, now)
+}
+
+/// Brings a pending version into use.
+pub(super) fn promote(
+    id: &SecretId,
+    record: Option<&SecretRecord>,
+    (from, to): (&VersionId, &VersionId),
+    now: Timestamp,
+) -> Result<Plan, StoreError> {
+    let record = live(id, record, now)?;
+    if record.version(to).is_none() {
+        return Err(StoreError::VersionNotFound { id: id.clone(), selector: Selector::Version(to.clone()) });
+    }
+    relabelled(record, record.labels.finish(from, to)?, now)
+}
+
+fn relabelled(record: &SecretRecord, labels: Labels, now: Timestamp) -> Result<Plan, StoreError> {
     if labels == record.labels {
         return Ok(Plan::NOTHING);
     }

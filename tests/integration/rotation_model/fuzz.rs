@@ -288,7 +288,7 @@ fn step_both(shelf: &mut Shelf, labels: &secret::Labels, step: u8, version: u8) 
         }
         3 => {
             let held = shelf.pending;
-            shelf.take_claim_off(version, version % 2 == 0);
+            shelf.take_claim_off(version, version.is_multiple_of(2));
             let change = LabelMove { label: Label::Pending, from: Some(id(version)), to: None };
             let moved = labels.apply(&change);
             assert_eq!(moved.is_ok(), held.is_none() || held == Some(version), "{labels:?}, {version}");

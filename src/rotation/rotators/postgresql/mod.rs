@@ -75,6 +75,8 @@ pub const ENTRY: Entry = Entry {
 
 /// The first pause before a standby is asked again; each is twice as long as the one before.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
+/// What a test takes besides waiting for endpoints: two logins, and what both users may do in a large catalog.
+const COMPARING: Duration = Duration::from_secs(25);
 
 fn build(table: &Map<String, Value>) -> Result<Arc<dyn Rotator>, String> {
     Ok(Arc::new(Alternating { settings: Settings::parse(table)? }))
@@ -101,6 +103,10 @@ impl Rotator for Alternating {
 
     fn can_retire(&self) -> bool {
         true
+    }
+
+    fn patience(&self) -> Duration {
+        self.settings.propagation + COMPARING
     }
 
     fn create(&self, current: &SecretValue, _now: Timestamp, refused: u32) -> Result<SecretValue, Failure> {
@@ -381,7 +387,7 @@ impl Alternating {
                 ),
                 // It passes by itself, when the last of them logs out.
                 statements::IN_USE => Failure::new(
-                    Trouble::TargetUnavailable,
+                    Trouble::StillInUse,
                     format!(
                         "{} session(s) of the user that was current before are still open",
                         error.message
