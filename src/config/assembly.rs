@@ -240,6 +240,10 @@ impl Running {
         broker.record_policy_loaded("start").await?;
         let settings = resolved.rotation;
         let ledger = Ledger::new(shared, state_key, Arc::clone(&clock), &resolved.instance, settings.lease);
+        if let Err(error) = ledger.reclaim().await {
+            // Their leases end by themselves.
+            warnings.push(format!("runs that were cut off wait for their leases to end: {error}"));
+        }
         let (stopping, told) = watch::channel(false);
         let engine =
             Arc::new(Engine::new(Arc::clone(&broker), Arc::new(ledger), Arc::clone(&clock), settings, told));

@@ -346,7 +346,7 @@ impl<T: Clone + Eq> Activation<T> {
                 _ => self.save(Phase::Finish, Awaits::FinishSaved),
             },
             (Awaits::Test, Event::Rejected) => self.save(Phase::Set, Awaits::BackSaved),
-            (Awaits::Promotion, Event::Promoted) => self.cleared(),
+            (Awaits::Promotion, Event::Promoted) => self.promoted(),
             (Awaits::Cleared, Event::Withdrawn) => self.cleared(),
             (Awaits::Promotion, Event::Conflict) => self.ask(Awaits::Settlement, Effect::Look),
             (Awaits::GivingUpBar(ending), Event::Barred) => {

@@ -752,7 +752,7 @@ async fn r29_a_user_is_withdrawn_when_nobody_is_logged_in_as_it() {
     assert!(run.rotator.can_retire());
     assert_eq!(run.set().await, Ok(SetOutcome::Done));
     let open = server.session("shop", "shop_a", "first-password");
-    assert_eq!(run.retire().await, Err(Trouble::TargetUnavailable));
+    assert_eq!(run.retire().await, Err(Trouble::StillInUse));
     assert_eq!(run.probe_current().await, Probe::Accepted);
     drop(open);
     poll("nobody is logged in", || {

@@ -250,11 +250,17 @@ fn a_definition_that_can_not_be_is_refused_and_sets_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let program = Program::dev(folder.path());
     let too_large = "#".repeat(64 * 1024 + 1);
-    for bad in ["", "rotator = ", "rotator = \"rabdom\"\nschedule = \"every 30d\"\n", &too_large] {
+    let misspelt = "rotator = \"rabdom\"\nschedule = \"every 30d\"\n";
+    for (bad, exit, reason) in [
+        ("", 2, "INVALID_ARGUMENT"),
+        ("rotator = ", 1, "INVALID_CONFIG"),
+        (misspelt, 1, "INVALID_CONFIG"),
+        (&too_large, 2, "INVALID_ARGUMENT"),
+    ] {
         let arguments = in_development(&["rotation", "set", "redis", "--file", "-"]);
         let (code, _, stderr) = ended(with_input(program.command(arguments), bad.as_bytes()));
-        assert_eq!(code, 2, "{stderr}");
-        assert!(stderr.contains("[INVALID_ARGUMENT]"), "{stderr}");
+        assert_eq!(code, exit, "{stderr}");
+        assert!(stderr.contains(&format!("[{reason}]")), "{stderr}");
     }
     program.fails(4, in_development(&["rotation", "status", "redis"]));
 }

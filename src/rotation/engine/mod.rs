@@ -215,7 +215,8 @@ impl Engine {
     /// One activation: begins a run or takes one up, and carries it on until it is over, fails, or the broker ends.
     /// `tell` hears of each phase as it begins, and of how it came out.
     pub async fn run(&self, id: &SecretId, order: &Order, tell: &(dyn Fn(Told) + Send + Sync)) -> Over {
-        let over = self.activate(id, order, tell).await.unwrap_or_else(Over::Refused);
+        // On the heap, here and below: what a run holds between its steps is more than a small stack has room for.
+        let over = Box::pin(self.activate(id, order, tell)).await.unwrap_or_else(Over::Refused);
         tell(Told::Over(over.clone()));
         over
     }
@@ -253,7 +254,7 @@ impl Engine {
             Taken::Missing => return Ok(Over::NotSet),
             Taken::Busy(rotation) => return Ok(in_progress(rotation.as_ref())),
         };
-        let over = self.carry_on(&lease, rotation, order, tell).await;
+        let over = Box::pin(self.carry_on(&lease, rotation, order, tell)).await;
         self.ledger.release(lease).await;
         over
     }
@@ -354,7 +355,7 @@ impl Engine {
             retires: run.definition.retire_after.is_some() && rotator.can_retire(),
         };
         let mut work = Work::new(self, lease, rotator, held, rotation);
-        let effect = self.drive(lease, &mut work, traits, run, tell).await;
+        let effect = Box::pin(self.drive(lease, &mut work, traits, run, tell)).await;
         self.conclude(lease, work.into_failure(), effect).await
     }
 
@@ -419,7 +420,7 @@ impl Engine {
             Effect::Test => self.settings.step + work.patience(),
             _ => self.settings.step,
         };
-        let step = tokio::time::timeout(bound, work.perform(effect));
+        let step = tokio::time::timeout(bound, Box::pin(work.perform(effect)));
         let event = tokio::select! {
             event = step => event,
             never = self.keep_alive(lease) => match never {},

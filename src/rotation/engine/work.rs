@@ -91,18 +91,21 @@ impl<'a> Work<'a> {
     /// Does one effect.
     pub(super) async fn perform(&mut self, effect: &Effect<VersionId>) -> Result<Event<VersionId>, Failure> {
         match effect {
-            Effect::Look => self.look().await,
-            Effect::Save(progress) => self.save(progress).await,
-            Effect::Create(run) => self.create(run).await,
-            Effect::Read(token) => self.read(token).await,
-            Effect::Probe(which) => self.probe(*which).await,
-            Effect::Set => self.set().await,
-            Effect::Test => self.test().await,
-            Effect::Promote(run) => self.promote(run).await,
-            Effect::Bar => self.bar().await,
-            Effect::Withdraw(token) => self.withdraw(token, None).await,
-            Effect::Keep(token) => self.withdraw(token, Some(kept_under(token)?)).await,
-            Effect::Retire(run) => self.retire(run).await,
+            Effect::Look => Box::pin(self.look()).await,
+            Effect::Save(progress) => Box::pin(self.save(progress)).await,
+            Effect::Create(run) => Box::pin(self.create(run)).await,
+            Effect::Read(token) => Box::pin(self.read(token)).await,
+            Effect::Probe(which) => Box::pin(self.probe(*which)).await,
+            Effect::Set => Box::pin(self.set()).await,
+            Effect::Test => Box::pin(self.test()).await,
+            Effect::Promote(run) => Box::pin(self.promote(run)).await,
+            Effect::Bar => Box::pin(self.bar()).await,
+            Effect::Withdraw(token) => Box::pin(self.withdraw(token, None)).await,
+            Effect::Keep(token) => {
+                Box::pin(self.make_good()).await?;
+                Box::pin(self.withdraw(token, Some(kept_under(token)?))).await
+            }
+            Effect::Retire(run) => Box::pin(self.retire(run)).await,
             Effect::Rest(_) | Effect::Ended(_) => Ok(Event::Failed),
         }
     }
@@ -382,6 +385,36 @@ impl<'a> Work<'a> {
             Err(error) => return Err(error.into()),
         }
         Ok(())
+    }
+
+    /// Someone moved AWSCURRENT to a version of the very account that the run was changing: to AWSPREVIOUS, say, which
+    /// was live until the run set another value there. The run gives up, and the target gets back what is current.
+    async fn make_good(&mut self) -> Result<(), Failure> {
+        if !self.rotator.has_target() || self.phase() < Phase::Set {
+            return Ok(());
+        }
+        let expected = self.expected()?;
+        let fetched = self.engine.broker.rotation_read(&self.held, &Selector::CURRENT).await?;
+        let base = self.current(&expected).await?;
+        // Of the other account, or nothing that this rotator could set: for whoever moved the label to see to.
+        if fetched.version.id == expected || self.rotator.check(&base, &fetched.value).is_err() {
+            return Ok(());
+        }
+        self.load_admin().await?;
+        let Probed { probe, .. } = self.rotator.probe(&self.work()?, &fetched.value).await;
+        if probe != Probe::Rejected {
+            return Ok(());
+        }
+        self.begins("rotate.restore").await?;
+        let work = rotators::Work { current: &base, pending: &fetched.value, ..self.work()? };
+        match self.rotator.set(&work).await {
+            Ok(_) => self.ended("rotate.restore", "the target holds what is current").await,
+            Err(failure) => Err(self.failed("rotate.restore", failure).await),
+        }
+    }
+
+    fn phase(&self) -> Phase {
+        self.rotation.run.as_ref().map_or(Phase::Create, super::Run::phase)
     }
 
     async fn withdraw(

@@ -11,9 +11,11 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use jiff::Timestamp;
+
 use super::super::Failure;
 use super::super::record::Rotation;
-use super::{ATTEMPTS, Ledger, Stored, contended, lease_key, unavailable};
+use super::{ATTEMPTS, LEASES, Ledger, Stored, contended, id_in, lease_key, unavailable};
 use crate::kv::{Compare, Entry, KvError, LeaseId, Write};
 use crate::secret::SecretId;
 
@@ -176,6 +178,41 @@ impl Ledger {
     /// Lets the next one have it. Where that fails, the lease ends by itself.
     pub async fn release(&self, lease: Lease) {
         self.let_go(&lease.id, lease.number).await;
+    }
+
+    /// Makes the runs that this instance was working on when it last died due at once, so that nobody waits for the
+    /// leases of the dead. How many there were.
+    ///
+    /// # Errors
+    /// As [`update`](Self::update).
+    pub async fn reclaim(&self) -> Result<u64, Failure> {
+        const PAGE: usize = 256;
+        let (mut reclaimed, mut after) = (0, Vec::new());
+        loop {
+            let page =
+                self.kv.range(LEASES.as_bytes(), &after, PAGE).await.map_err(unavailable("any secret"))?;
+            let ours = page.entries.iter().filter(|entry| self.succeeds(&entry.value));
+            for id in ours.filter_map(|entry| id_in(&entry.key, LEASES)) {
+                self.update(&id, |rotation| Ok((rotation.map(|rotation| self.due_now(rotation)), ())))
+                    .await?;
+                reclaimed += 1;
+            }
+            match page.entries.last() {
+                Some(last) if page.more => after.clone_from(&last.key),
+                _ => return Ok(reclaimed),
+            }
+        }
+    }
+
+    /// Only what is held back by the lease alone: what waits for another reason goes on waiting.
+    fn due_now(&self, mut rotation: Rotation) -> Rotation {
+        let now = self.clock.now();
+        if let Some(run) = &mut rotation.run
+            && run.not_before <= now.saturating_add(self.lease).unwrap_or(Timestamp::MAX)
+        {
+            run.not_before = run.not_before.min(now);
+        }
+        rotation
     }
 
     /// The lease and what `next` is, in one transaction; `None` where the record or its lease changed meanwhile.

@@ -131,6 +131,7 @@ struct Watch {
     saved: Option<Progress<u8>>,
     labels: Option<Labels<u8>>,
     tested: bool,
+    promoted: bool,
     barred: bool,
     asked: usize,
     over: bool,
@@ -138,8 +139,8 @@ struct Watch {
 
 impl Watch {
     fn new(traits: Traits, run: Option<Progress<u8>>) -> Self {
-        let (labels, tested, barred, asked, over) = (None, false, false, 0, false);
-        Self { traits, is_new: run.is_none(), saved: run, labels, tested, barred, asked, over }
+        let (labels, tested, promoted, barred, asked, over) = (None, false, false, false, 0, false);
+        Self { traits, is_new: run.is_none(), saved: run, labels, tested, promoted, barred, asked, over }
     }
 
     fn hears(&mut self, effect: &Effect<u8>, event: &Event<u8>) {
@@ -147,6 +148,7 @@ impl Watch {
             (Effect::Save(run), Event::Saved { .. }) => self.saved = Some(run.clone()),
             (Effect::Look, Event::Labels(labels)) => self.labels = Some(labels.clone()),
             (Effect::Test, Event::Tested) => self.tested = true,
+            (Effect::Promote(_), Event::Promoted) => self.promoted = true,
             (Effect::Bar, Event::Barred) => self.barred = true,
             _ => {}
         }
@@ -181,11 +183,13 @@ impl Watch {
                 prop_assert!(self.tested || !self.traits.has_target, "promoted untested: {run:?}");
                 prop_assert!(!self.traits.has_target || self.phase() == Some(Phase::Finish));
             }
-            Effect::Withdraw(_) | Effect::Keep(_) => {
+            Effect::Withdraw(token) => {
+                let is_current = self.labels.as_ref().is_some_and(|labels| labels.current == *token);
+                prop_assert!(self.promoted || is_current, "the claim goes, and its version is not current");
+            }
+            Effect::Keep(_) => {
                 let may_hold = self.traits.has_target && self.phase() >= Some(Phase::Set);
                 prop_assert!(self.barred || !may_hold, "given up without a bar");
-                let is_withdrawn = matches!(effect, Effect::Withdraw(_));
-                prop_assert!(!(is_withdrawn && may_hold), "a value that the target may hold is not kept");
             }
             Effect::Retire(run) => {
                 let current = self.labels.as_ref().map(|labels| labels.current);

@@ -124,10 +124,11 @@ impl Shelf {
     }
 
     pub fn take_claim_off(&mut self, token: u8, keep: bool) -> Event<u8> {
-        let is_held = self.pending == Some(token);
+        let (is_held, is_current) = (self.pending == Some(token), self.current == token);
         self.change(token, |version| {
             version.kept |= keep;
-            version.given_up |= is_held && !keep;
+            // Off what is current, the claim is spent, and nothing is given up.
+            version.given_up |= is_held && !keep && !is_current;
         });
         self.pending = self.pending.filter(|holder| *holder != token);
         Event::Withdrawn
