@@ -16,7 +16,7 @@ use crate::secret::{
 use crate::store::{Description, Fetched, Freshness, StoreError, Written};
 
 /// What one activation may write into the log: two records for each of its steps, generously.
-const SPACE: u64 = 32 * RECORD_ROOM;
+const SPACE: u64 = 64 * RECORD_ROOM;
 
 /// Who rotates what.
 #[derive(Debug, Clone)]
@@ -167,6 +167,20 @@ impl Broker {
             Err(error) if matches!(error.reason(), Reason::Conflict | Reason::VersionNotFound) => Ok(()),
             other => other.map(drop),
         }
+    }
+
+    /// Takes a label of the user's own kind off whatever carries it.
+    ///
+    /// # Errors
+    /// [`BrokerError`].
+    pub async fn unlabel(&self, held: &Held, label: &Label) -> Result<(), BrokerError> {
+        let description = self.rotation_look(held).await?;
+        let carrier = description.versions.into_iter().find(|version| version.labels.contains(label));
+        let Some(carrier) = carrier else { return Ok(()) };
+        let change = LabelMove { label: label.clone(), from: Some(carrier.id), to: None };
+        self.changing(held, "rotate.forget", || self.parts.stores.move_in_rotation(&held.rotate, &change))
+            .await
+            .map(drop)
     }
 
     async fn changing<F>(

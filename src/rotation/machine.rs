@@ -159,6 +159,8 @@ pub enum Effect<T> {
     Keep(T),
     /// Withdraw from the target what was current before, if AWSCURRENT is still the token. Answer: [`Event::Retired`].
     Retire(Progress<T>),
+    /// Give the target back what may have been withdrawn: someone made it AWSCURRENT again. Answer: [`Event::Retired`].
+    Unretire(Progress<T>),
     /// The activation is over, the run is not.
     Rest(Rest),
     /// The run is over.
@@ -242,6 +244,8 @@ pub enum Event<T> {
     Withdrawn,
     /// What was current before is withdrawn.
     Retired,
+    /// There is no such secret any more, nor anything of it that could be kept.
+    Gone,
     /// The effect failed, or there is no telling whether it was done.
     Failed,
 }
@@ -329,6 +333,9 @@ impl<T: Clone + Eq> Activation<T> {
         match (self.awaits, event) {
             (Awaits::Labels, Event::Labels(labels)) => self.looked(labels),
             (Awaits::Settlement, Event::Labels(labels)) => self.settled(&labels),
+            (Awaits::Labels | Awaits::Settlement, Event::Gone) if self.run.is_some() => {
+                self.over(Effect::Ended(Ending::Superseded))
+            }
             (Awaits::Value, Event::Read) => self.has_value(),
             (Awaits::Creation, Event::Created) => self.with_run(Awaits::Value, |run| Effect::Read(run.token)),
             // Nothing was written, and the target is untouched.
@@ -372,6 +379,10 @@ impl<T: Clone + Eq> Activation<T> {
             };
         }
         match run.phase {
+            // Someone rolled back to what may be withdrawn already.
+            Phase::Retire if labels.current == run.expected => {
+                self.with_run(Awaits::Retirement, Effect::Unretire)
+            }
             // Promoted and then moved on by someone else: nothing is ours to retire.
             Phase::Retire => self.over(Effect::Ended(Ending::Rotated)),
             _ if self.abort => self.give_up(Ending::Aborted, labels.token_known),

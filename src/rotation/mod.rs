@@ -163,7 +163,13 @@ impl Failure {
     /// A failure. `message` becomes one line of at most 400 bytes.
     #[must_use]
     pub fn new(trouble: Trouble, message: impl AsRef<str>) -> Self {
-        let mut line = message.as_ref().split_whitespace().collect::<Vec<_>>().join(" ");
+        // A target chooses some of these words: nothing of them may steer a terminal or turn a line around.
+        let steers = |c: &char| {
+            c.is_control()
+                || matches!(*c, '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+        };
+        let words = message.as_ref().split_whitespace().collect::<Vec<_>>().join(" ");
+        let mut line: String = words.chars().filter(|c| !steers(c)).collect();
         let end = line.floor_char_boundary(Self::LONGEST);
         line.truncate(end);
         Self { trouble, message: line }

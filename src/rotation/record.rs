@@ -42,7 +42,7 @@ pub struct Rotation {
     pub rotated_at: Option<Timestamp>,
     /// The highest fence given out. It only grows, also over a removal.
     pub fence: u64,
-    /// Which target it is, by its own account, since the first change.
+    /// Which target it is, by its own account, since the first rotation.
     pub fingerprint: Option<String>,
     /// How many values the target refused in a row.
     pub refused: u32,
@@ -70,6 +70,10 @@ pub struct Run {
     pub not_before: Timestamp,
     /// Why the last activation did not bring it to its end.
     pub failure: Option<Failure>,
+    /// When that was.
+    pub failed_at: Option<Timestamp>,
+    /// Which target it is, by its own account: as it was known when the run began, or since its first change.
+    pub fingerprint: Option<String>,
     /// When AWSCURRENT moved, once it has.
     pub promoted_at: Option<Timestamp>,
     /// A person asked for its end.
@@ -166,7 +170,10 @@ impl Rotation {
     /// Puts a run's end into the history.
     pub fn ended(&mut self, ending: Ending, at: Timestamp) {
         let Some(run) = self.run.take() else { return };
-        self.refused = if ending == Ending::Discarded { self.refused + 1 } else { 0 };
+        self.refused = 0;
+        if ending == Ending::Rotated && run.definition == self.definition {
+            self.fingerprint.clone_from(&run.fingerprint);
+        }
         if ending == Ending::Rotated {
             self.rotated_at = Some(run.promoted_at.unwrap_or(at));
         }
@@ -228,6 +235,8 @@ impl Run {
             attempt: 0,
             not_before: now,
             failure: None,
+            failed_at: None,
+            fingerprint: None,
             promoted_at: None,
             abort: false,
         }

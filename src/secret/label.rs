@@ -400,6 +400,41 @@ mod tests {
     }
 
     #[test]
+    fn a_promotion_spends_its_claim() {
+        let stable = Label::parse("stable").unwrap();
+        let labels = Labels::default().put(&id(1), &[Label::Current, stable.clone()]).unwrap();
+        let labels = labels.put(&id(2), &[Label::Pending]).unwrap();
+        let finished = labels.finish(&id(1), &id(2)).unwrap();
+        let expected = [(Label::Current, id(2)), (Label::Previous, id(1)), (stable, id(1))];
+        assert_eq!(finished.0, BTreeMap::from(expected));
+        assert_eq!(finished.finish(&id(1), &id(2)).unwrap(), finished, "a retry is harmless");
+        let by_hand = labels.apply(&to(Label::Current, Some(1), Some(2))).unwrap();
+        assert_eq!(
+            by_hand.finish(&id(1), &id(2)).unwrap(),
+            finished,
+            "of what is current, only the claim goes"
+        );
+    }
+
+    #[test]
+    fn a_promotion_without_its_claim_is_refused() {
+        let pending = |error: LabelError| {
+            assert_eq!(error.reason(), Reason::Conflict);
+            matches!(error, LabelError::Moved { label: Label::Pending, .. })
+        };
+        assert!(pending(Labels::default().finish(&id(1), &id(2)).unwrap_err()));
+        let labels = Labels::default().put(&id(1), &[]).unwrap().put(&id(2), &[Label::Pending]).unwrap();
+        assert!(pending(labels.finish(&id(1), &id(3)).unwrap_err()), "another's claim");
+        let finished = labels.finish(&id(1), &id(2)).unwrap();
+        let rolled_back = finished.apply(&to(Label::Current, Some(2), Some(1))).unwrap();
+        assert!(pending(rolled_back.finish(&id(1), &id(2)).unwrap_err()), "late: the claim was spent");
+        let overtaken = labels.put(&id(4), &[]).unwrap();
+        let error = overtaken.finish(&id(1), &id(2)).unwrap_err();
+        assert!(matches!(error, LabelError::Moved { label: Label::Current, .. }), "{error}");
+        assert!(!pending(error), "the claim holds, but someone was first");
+    }
+
+    #[test]
     fn aws_labels_are_reserved() {
         assert_eq!(Label::parse("AWSOTHER").unwrap_err().reason(), Reason::InvalidLabel);
         assert!(Label::parse("stable").is_ok());
@@ -421,6 +456,20 @@ mod tests {
     enum Step {
         Put(u8, Vec<Label>),
         Move(Label, Option<u8>, Option<u8>),
+        Finish(u8, u8),
+    }
+
+    impl Step {
+        /// What becomes of the labels; `None` where it is refused.
+        fn of(&self, labels: &Labels) -> Option<Labels> {
+            match self {
+                Self::Put(version, wanted) => labels.put(&id(*version), wanted).ok(),
+                // Where there is no version, there is nothing to move to.
+                Self::Move(..) if labels.0.is_empty() => None,
+                Self::Move(label, from, into) => labels.apply(&to(label.clone(), *from, *into)).ok(),
+                Self::Finish(from, into) => labels.finish(&id(*from), &id(*into)).ok(),
+            }
+        }
     }
 
     fn any_label() -> impl Strategy<Value = Label> {
@@ -438,8 +487,9 @@ mod tests {
         prop_oneof![
             (version.clone(), proptest::collection::vec(any_label(), 0..3))
                 .prop_map(|(v, l)| Step::Put(v, l)),
-            (any_label(), proptest::option::of(version.clone()), proptest::option::of(version))
+            (any_label(), proptest::option::of(version.clone()), proptest::option::of(version.clone()))
                 .prop_map(|(l, f, t)| Step::Move(l, f, t)),
+            (version.clone(), version).prop_map(|(f, t)| Step::Finish(f, t)),
         ]
     }
 
@@ -450,14 +500,7 @@ mod tests {
             let mut labels = Labels::default();
             for step in steps {
                 let before = labels.clone();
-                let next = match &step {
-                    Step::Put(version, wanted) => labels.put(&id(*version), wanted),
-                    Step::Move(label, from, into) => {
-                        if before.0.is_empty() { continue; }
-                        labels.apply(&LabelMove { label: label.clone(), from: from.map(id), to: into.map(id) })
-                    }
-                };
-                let Ok(next) = next else { continue };
+                let Some(next) = step.of(&labels) else { continue };
                 prop_assert!(next.holder(&Label::Current).is_some());
                 if next.holder(&Label::Current) != before.holder(&Label::Current) {
                     prop_assert_eq!(next.holder(&Label::Previous), before.holder(&Label::Current));
@@ -470,6 +513,32 @@ mod tests {
                     prop_assert!(!stolen || Some(was) == before.holder(&Label::Current) || was == &id(*version));
                 }
                 labels = next;
+            }
+        }
+
+        /// Whatever the labels are: both moves or neither, and once.
+        #[test]
+        fn a_promotion_is_two_moves_in_one(
+            steps in proptest::collection::vec(any_step(), 1..40),
+            from in 0u8..6,
+            into in 0u8..6,
+        ) {
+            let labels = steps.iter().fold(Labels::default(), |labels, step| step.of(&labels).unwrap_or(labels));
+            let is_claimed = labels.holder(&Label::Pending) == Some(&id(into));
+            let current = labels.holder(&Label::Current);
+            let may = current == Some(&id(into)) || (is_claimed && current == Some(&id(from)));
+            let finished = labels.finish(&id(from), &id(into));
+            prop_assert_eq!(finished.is_ok(), may);
+            if let Ok(finished) = finished {
+                let moved = labels.apply(&to(Label::Current, Some(from), Some(into))).unwrap();
+                let spent = if is_claimed {
+                    moved.apply(&to(Label::Pending, Some(into), None)).unwrap()
+                } else {
+                    moved
+                };
+                prop_assert_eq!(&finished, &spent);
+                prop_assert_ne!(finished.holder(&Label::Pending), Some(&id(into)));
+                prop_assert_eq!(finished.finish(&id(from), &id(into)), Ok(spent));
             }
         }
     }

@@ -1,6 +1,6 @@
 //! Rotations as the doors have them, and the broker's own clockwork, in this process: who may, who is first, and what
 //! becomes of a run that is cut off. Rows R1 to R3, R5, R6, R9, R24 and R31 to R35 of the matrix in `tests/README.md`, as
-//! far as they need no target.
+//! far as they need no target. The values are in the embedded store; for the quotas of row R9, in AWS.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
@@ -34,6 +34,8 @@ use tokio::task::JoinHandle;
 use crate::support::assembled::{
     BrokerResult, administrator, clock, get, id, person, program, put, records, resolved, start,
 };
+use crate::support::moto::{FaultProxy, Mode, Moto, REGION};
+use crate::support::program::{Program, Served, with_input};
 
 /// How long anything may take before a test is called hung. Never what a test waits for.
 const HUNG: Duration = Duration::from_secs(60);
@@ -366,7 +368,7 @@ async fn rotate_due(
                 Due::Total(total) => round.total = total,
                 Due::Done(done) => round.done = done,
                 Due::Step(id, Told::Over(over)) => round.overs.push((id, over)),
-                Due::Step(_, Told::Phase { .. } | Told::Step { .. }) => {}
+                Due::Step(_, Told::Phase { .. }) => {}
             }
         }
         round
@@ -834,6 +836,97 @@ async fn r9_a_value_that_does_not_fit_is_a_typed_error_and_changes_nothing() {
     assert_eq!((described.versions(), described.holder(&Label::Pending)), (1, None));
     assert_eq!(house.value(&api).await, large);
     house.end().await;
+}
+
+/// A broker as its users have it, whose values are in AWS behind a proxy.
+struct InAws {
+    proxy: FaultProxy,
+    program: Program,
+    _folder: TempDir,
+}
+
+impl InAws {
+    const NAME: &str = "api";
+
+    /// With a secret that has a rotation and a first value.
+    async fn start() -> Self {
+        let proxy = FaultProxy::start(Moto::start().await.endpoint()).await;
+        let folder = tempfile::tempdir().unwrap();
+        // The names are this test's alone, in a server that others use too.
+        let tables = format!(
+            "[rotation]\nscheduler = false\n[environments.staging]\nstore = \"aws\"\n\
+             [environments.staging.aws]\nregion = \"{REGION}\"\nendpoint = \"{}\"\n\
+             name_template = \"{}/{{environment}}/{{name}}\"\n",
+            proxy.endpoint(),
+            uuid::Uuid::new_v4(),
+        );
+        let credentials = [
+            ("AWS_ACCESS_KEY_ID", "test"),
+            ("AWS_SECRET_ACCESS_KEY", "test"),
+            ("AWS_EC2_METADATA_DISABLED", "true"),
+        ];
+        let (config, _) = Served::configure(folder.path(), "", &tables);
+        let program = Program::serve(&config, &folder.path().join("broker.sock"), &credentials);
+        let put = program.put("staging", Self::NAME, b"first");
+        assert!(put.status.success(), "{}", String::from_utf8_lossy(&put.stderr));
+        let set = program.command(["rotation", "set", Self::NAME, "--file", "-", "-e", "staging"]);
+        let set = with_input(set, daily().as_bytes());
+        assert!(set.status.success(), "{}", String::from_utf8_lossy(&set.stderr));
+        Self { proxy, program, _folder: folder }
+    }
+
+    /// One activation, which ends with this exit code.
+    fn rotate(&self, code: i32) -> serde_json::Value {
+        let arguments = ["rotate", Self::NAME, "--no-wait", "-e", "staging", "--output", "json"];
+        let output = self.program.run(arguments);
+        assert_eq!(output.status.code(), Some(code), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).expect("a document")
+    }
+
+    fn json(&self, command: &[&str]) -> serde_json::Value {
+        let arguments = [command, &[Self::NAME, "-e", "staging", "--output", "json"]].concat();
+        serde_json::from_str(&self.program.ok(arguments)).expect("a document")
+    }
+
+    fn value(&self) -> String {
+        self.program.ok(["get", Self::NAME, "-e", "staging", "--refresh"])
+    }
+
+    /// While `fault` is done to every write of a version, the run stays where it is, with this result and trouble, and
+    /// nothing changes; then it comes to its end with the version that it claimed.
+    fn stays_and_goes_on(&self, fault: Mode, code: i32, expected: [&str; 2]) {
+        let before = self.json(&["versions"])["versions"].clone();
+        assert_eq!(before.as_array().unwrap().len(), 1, "{before}");
+        self.proxy.forget();
+        self.proxy.set_for("PutSecretValue", fault);
+        let stays = self.rotate(code);
+        assert!(self.proxy.calls("PutSecretValue") > 0, "{stays}");
+        let told = [&stays["result"], &stays["trouble"]["code"]].map(|told| told.as_str().unwrap());
+        assert_eq!(told, expected, "{stays}");
+        assert!(stays["retry_at"].is_string() && stays["version_id"].is_string(), "{stays}");
+        assert_eq!(self.json(&["versions"])["versions"], before);
+        assert_eq!(self.value(), "first");
+
+        self.proxy.set(Mode::Pass);
+        let rotated = self.rotate(0);
+        assert_eq!((&rotated["result"], &rotated["version_id"]), (&"rotated".into(), &stays["version_id"]));
+        assert_eq!(self.json(&["versions"])["versions"].as_array().unwrap().len(), 2, "one value was made");
+        assert_eq!(self.value().len(), 32);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn r9_a_write_that_is_throttled_is_made_later() {
+    let aws = InAws::start().await;
+    aws.stays_and_goes_on(Mode::Throttle, 5, ["unfinished", "store_unavailable"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn r9_a_quota_that_is_reached_waits_for_a_person() {
+    let aws = InAws::start().await;
+    let refusal = serde_json::json!({"__type": "LimitExceededException", "Message": "too many versions"});
+    let fault = Mode::Answer(400, refusal.to_string());
+    aws.stays_and_goes_on(fault, 1, ["blocked", "store_refused"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

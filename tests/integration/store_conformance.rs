@@ -38,6 +38,10 @@ trait Fixture: Sized {
     /// of a secret only.
     const COMPARES_ON_PUT: bool;
 
+    /// Whether a promotion is one step. In AWS it is a look and two moves of a label, and the look does not tell a
+    /// version without a label from none.
+    const PROMOTES_AT_ONCE: bool;
+
     async fn new() -> Self;
 
     fn store(&self) -> Arc<dyn Store>;
@@ -69,6 +73,11 @@ macro_rules! every_check {
             one_of_the_racing_puts_wins,
             a_pending_version_is_claimed_and_promoted,
             a_pending_claim_is_not_stolen,
+            a_promotion_spends_its_claim,
+            a_promotion_comes_late_and_finds_its_claim_spent,
+            a_promotion_that_fails_changes_nothing,
+            a_promotion_needs_a_secret_and_a_version,
+            promotions_of_one_version_are_one,
             one_of_the_racing_moves_wins,
             labels_of_the_users_own_move,
             label_rules_hold,
@@ -345,6 +354,115 @@ async fn a_pending_claim_is_not_stolen(fixture: &impl Fixture) {
     store.move_label(&id, &to(Label::Current, Some(4), Some(5))).await.unwrap();
     store.put(&id, claim(6)).await.expect("a claim that became current is over");
     assert_eq!(labels(&store, &id).await.get(&Label::Pending), Some(&version(6)));
+}
+
+/// Reads before and after, so that what a cache has kept is asked for, too.
+async fn a_promotion_spends_its_claim(fixture: &impl Fixture) {
+    let (store, id) = (fixture.store(), fixture.id("database"));
+    one_current_and_one_pending(&store, &id).await;
+    store.move_label(&id, &to(label("stable"), None, Some(1))).await.unwrap();
+    for (selector, expected) in [(Selector::CURRENT, 1), (Selector::Label(Label::Pending), 2)] {
+        assert_eq!(get(&store, &id, &selector).await.unwrap().version.id, version(expected));
+    }
+
+    let promoted = store.promote(&id, &version(1), &version(2)).await.unwrap();
+    assert_eq!(
+        (&promoted.version.id, &promoted.superseded, promoted.changed),
+        (&version(2), &Some(version(1)), true)
+    );
+    for freshness in [Freshness::Cached, Freshness::Refresh] {
+        let found = store.get(&id, &Selector::CURRENT, freshness).await.unwrap();
+        assert!(found.value.same_as(&text("two")), "{freshness:?}");
+        let former = store.get(&id, &Selector::Label(Label::Previous), freshness).await.unwrap();
+        assert!(former.value.same_as(&text("one")), "{freshness:?}");
+    }
+    let after = BTreeMap::from([
+        (Label::Current, version(2)),
+        (Label::Previous, version(1)),
+        (label("stable"), version(1)),
+    ]);
+    assert_eq!(labels(&store, &id).await, after);
+    let spent = store.get(&id, &Selector::Label(Label::Pending), Freshness::Refresh).await.unwrap_err();
+    assert_eq!(spent.reason(), Reason::VersionNotFound);
+
+    let again = store.promote(&id, &version(1), &version(2)).await.unwrap();
+    assert_eq!((&again.version.id, again.changed), (&version(2), false), "a retry finds its work done");
+    assert_eq!(labels(&store, &id).await, after);
+    store
+        .put(&id, Put { labels: vec![Label::Pending], ..put(3, "three") })
+        .await
+        .expect("the next claim is free");
+}
+
+/// A promotion that was on its way while a person rolled back: the labels stand as it expects, but for its claim.
+async fn a_promotion_comes_late_and_finds_its_claim_spent(fixture: &impl Fixture) {
+    let (store, id) = (fixture.store(), fixture.id("database"));
+    one_current_and_one_pending(&store, &id).await;
+    store.promote(&id, &version(1), &version(2)).await.unwrap();
+    store.move_label(&id, &to(Label::Current, Some(2), Some(1))).await.unwrap();
+    let rolled_back = labels(&store, &id).await;
+
+    let error = store.promote(&id, &version(1), &version(2)).await.unwrap_err();
+    assert!(matches!(&error, StoreError::Label(LabelError::Moved { label: Label::Pending, .. })), "{error}");
+    assert_eq!(error.reason(), Reason::Conflict);
+    assert_eq!(labels(&store, &id).await, rolled_back);
+    assert_eq!(current(&store, &id).await, version(1), "what the person chose stays");
+}
+
+async fn a_promotion_that_fails_changes_nothing(fixture: &impl Fixture) {
+    let (store, id) = (fixture.store(), fixture.id("database"));
+    store.put(&id, put(1, "one")).await.unwrap();
+    store.put(&id, Put { labels: vec![label("canary")], ..put(2, "two") }).await.unwrap();
+    let refused = async |from: u32, to: u32, label: Label| {
+        let before = labels(&store, &id).await;
+        let error = store.promote(&id, &version(from), &version(to)).await.unwrap_err();
+        let StoreError::Label(LabelError::Moved { label: named, .. }) = &error else { panic!("{error}") };
+        assert_eq!((named, error.reason()), (&label, Reason::Conflict), "{error}");
+        assert_eq!(labels(&store, &id).await, before);
+    };
+    // Nobody claimed; another one did; who claimed is late.
+    refused(1, 2, Label::Pending).await;
+    store.put(&id, Put { labels: vec![Label::Pending], ..put(3, "three") }).await.unwrap();
+    refused(1, 2, Label::Pending).await;
+    store.put(&id, put(4, "four")).await.unwrap();
+    refused(1, 3, Label::Current).await;
+    assert_eq!(current(&store, &id).await, version(4));
+    store.promote(&id, &version(4), &version(3)).await.unwrap();
+    assert_eq!(current(&store, &id).await, version(3));
+}
+
+async fn a_promotion_needs_a_secret_and_a_version<F: Fixture>(fixture: &F) {
+    let (store, id, absent) = (fixture.store(), fixture.id("database"), fixture.id("absent"));
+    let error = store.promote(&absent, &version(1), &version(2)).await.unwrap_err();
+    assert!(matches!(&error, StoreError::SecretNotFound(named) if *named == absent), "{error}");
+
+    one_current_and_one_pending(&store, &id).await;
+    let before = labels(&store, &id).await;
+    let unknown = store.promote(&id, &version(1), &version(3)).await.unwrap_err();
+    let expected = if F::PROMOTES_AT_ONCE { Reason::VersionNotFound } else { Reason::Conflict };
+    assert_eq!(unknown.reason(), expected, "{unknown}");
+
+    store.delete(&id, RecoveryWindow::DEFAULT).await.unwrap();
+    let error = store.promote(&id, &version(1), &version(2)).await.unwrap_err();
+    assert!(matches!(&error, StoreError::SecretDeleted(named) if *named == id), "{error}");
+    store.restore(&id).await.unwrap();
+    assert_eq!(labels(&store, &id).await, before);
+}
+
+async fn promotions_of_one_version_are_one(fixture: &impl Fixture) {
+    let (store, id) = (fixture.store(), fixture.id("database"));
+    one_current_and_one_pending(&store, &id).await;
+    let promotions = (0..6).map(|_| {
+        let (store, id) = (Arc::clone(&store), id.clone());
+        tokio::spawn(async move { store.promote(&id, &version(1), &version(2)).await })
+    });
+    let outcomes: Vec<_> = join_all(promotions).await.into_iter().map(Result::unwrap).collect();
+    for outcome in &outcomes {
+        assert_eq!(outcome.as_ref().unwrap().version.id, version(2), "what is done already is a retry");
+    }
+    assert!(outcomes.iter().flatten().any(|written| written.changed));
+    let expected = BTreeMap::from([(Label::Current, version(2)), (Label::Previous, version(1))]);
+    assert_eq!(labels(&store, &id).await, expected);
 }
 
 async fn one_of_the_racing_moves_wins(fixture: &impl Fixture) {
@@ -726,6 +844,12 @@ fn put(token: u32, value: &str) -> Put {
     Put { value: text(value), token: version(token), labels: Vec::new(), expected: None }
 }
 
+/// Version 1 is current, and version 2 claims to be next.
+async fn one_current_and_one_pending(store: &Arc<dyn Store>, id: &SecretId) {
+    store.put(id, put(1, "one")).await.unwrap();
+    store.put(id, Put { labels: vec![Label::Pending], ..put(2, "two") }).await.unwrap();
+}
+
 fn to(label: Label, from: Option<u32>, to: Option<u32>) -> LabelMove {
     LabelMove { label, from: from.map(version), to: to.map(version) }
 }
@@ -793,6 +917,7 @@ struct SealedStore {
 impl Fixture for SealedStore {
     const ORDERS: bool = true;
     const COMPARES_ON_PUT: bool = true;
+    const PROMOTES_AT_ONCE: bool = true;
 
     async fn new() -> Self {
         let (folder, clock) =
@@ -831,6 +956,7 @@ struct AwsStore {
 impl Fixture for AwsStore {
     const ORDERS: bool = false;
     const COMPARES_ON_PUT: bool = false;
+    const PROMOTES_AT_ONCE: bool = false;
 
     async fn new() -> Self {
         let environment = fresh_environment();
@@ -864,6 +990,7 @@ struct Cached<F> {
 impl<F: Fixture> Fixture for Cached<F> {
     const ORDERS: bool = F::ORDERS;
     const COMPARES_ON_PUT: bool = F::COMPARES_ON_PUT;
+    const PROMOTES_AT_ONCE: bool = F::PROMOTES_AT_ONCE;
 
     async fn new() -> Self {
         let settings = cache::Settings {

@@ -13,6 +13,7 @@
 //! INVARIANT: no effect begins unless the lease is live by this process's own clock, with time left for the effect. What
 //! a pause defeats of that, the fence at the target and the compare-and-swaps of record and labels make good.
 
+mod pace;
 mod work;
 
 use std::collections::BTreeMap;
@@ -24,6 +25,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use tokio::sync::{Semaphore, watch};
 
+use self::pace::{Pace, backoff, share};
 use self::work::Work;
 use super::definition::Definition;
 use super::ledger::{Begin, Lease, Ledger, Saved, Taken};
@@ -32,10 +34,12 @@ use super::record::{Rotation, Run};
 use super::{Failure, Trouble, schedule};
 use crate::broker::{self, Broker, Call};
 use crate::clock::SharedClock;
-use crate::crypto::random;
 use crate::environment::Environment;
 use crate::identity::Principal;
 use crate::secret::{SecretId, VersionId};
+
+/// When to come by again where somebody else is at the target.
+const BUSY: Duration = Duration::from_secs(2);
 
 /// The group that policies know the engine by.
 pub const PRINCIPAL: &str = "rotation-engine";
@@ -72,6 +76,8 @@ impl Default for Settings {
 pub enum When {
     /// If it is due; a run in progress is taken up if it is time.
     IfDue,
+    /// The same, and if nobody else is at its target: for who comes by again anyway.
+    IfDueAndFree,
     /// Now, however long the schedule has yet to go; a run in progress is taken up at once.
     Now,
 }
@@ -96,13 +102,6 @@ pub enum Told {
         token: Option<VersionId>,
         /// The phase.
         phase: Phase,
-    },
-    /// A step begins, or was made: the finest that can be told, for who wants to know exactly where a run stands.
-    Step {
-        /// What it does.
-        step: &'static str,
-        /// Whether it was made, whatever came of it.
-        made: bool,
     },
     /// It is over, for now or for good.
     Over(Over),
@@ -160,7 +159,8 @@ pub struct Engine {
     settings: Settings,
     places: Semaphore,
     targets: Mutex<BTreeMap<String, Arc<tokio::sync::Mutex<()>>>>,
-    pace: Mutex<Duration>,
+    /// The turns of changes in AWS.
+    aws: Pace,
     stopping: watch::Receiver<bool>,
 }
 
@@ -181,7 +181,7 @@ impl Engine {
             settings,
             places: Semaphore::new(settings.concurrency),
             targets: Mutex::default(),
-            pace: Mutex::default(),
+            aws: Pace::default(),
             stopping,
         }
     }
@@ -239,6 +239,10 @@ impl Engine {
         let definition = rotation.run.as_ref().map_or(&rotation.definition, |run| &run.definition);
         let turn = definition.rotator()?.target().map(|target| self.turn(target));
         let _turn = match &turn {
+            Some(turn) if order.when == When::IfDueAndFree => match turn.try_lock() {
+                Ok(turn) => Some(turn),
+                Err(_) => return Ok(Over::Skipped { until: later(self.clock.now(), BUSY) }),
+            },
             Some(turn) => Some(turn.lock().await),
             None => None,
         };
@@ -286,11 +290,22 @@ impl Engine {
     ) -> Begin<Over> {
         let now = self.clock.now();
         let until = later(now, self.settings.lease);
+        if self.is_outlived(id, order.when, &rotation, now) {
+            rotation.ended(Ending::Rotated, now);
+        }
         if let Some(run) = &mut rotation.run {
             let waits = run.not_before > now && !run.abort;
-            return match order.when {
-                When::IfDue if waits => Begin::No(Over::Skipped { until: run.not_before }),
-                When::Now if waits && run.phase() == Phase::Retire => {
+            let again_at = run.failed_at.map(|at| later(at, self.settings.retry_from));
+            return match (order.when, &run.failure, again_at) {
+                (When::IfDue | When::IfDueAndFree, ..) if waits => {
+                    Begin::No(Over::Skipped { until: run.not_before })
+                }
+                // However often somebody asks, a target is not asked more often than this.
+                (When::Now, Some(failure), Some(retry_at)) if waits && retry_at > now => {
+                    let token = run.progress.as_ref().map(|progress| progress.token.clone());
+                    Begin::No(Over::Unfinished { token, failure: failure.clone(), retry_at })
+                }
+                (When::Now, ..) if waits && run.phase() == Phase::Retire => {
                     Begin::No(Over::TooSoon { until: run.not_before })
                 }
                 _ => {
@@ -304,8 +319,21 @@ impl Engine {
         }
         let mut run = Run::new(rotation.definition.clone(), order.asked_by.clone(), now);
         run.not_before = until;
+        run.fingerprint.clone_from(&rotation.fingerprint);
         rotation.run = Some(run);
         Begin::Run(rotation)
+    }
+
+    /// Whether a run that only waits to withdraw what was current before stands in the way of the next one, which will
+    /// replace that very value.
+    fn is_outlived(&self, id: &SecretId, when: When, rotation: &Rotation, now: Timestamp) -> bool {
+        let promoted_at = match &rotation.run {
+            Some(run) if run.phase() == Phase::Retire => run.promoted_at.unwrap_or(run.started_at),
+            _ => return false,
+        };
+        let gap = self.gap(id, &rotation.definition);
+        let planned = schedule::next_at(&rotation.definition.schedule, promoted_at, gap);
+        !rotation.paused && later(promoted_at, gap) <= now && (when == When::Now || planned <= now)
     }
 
     /// Why no new run may begin, if none may.
@@ -323,10 +351,13 @@ impl Engine {
         let apart = rotation.rotated_at.filter(|at| *at <= now).map(|at| later(at, gap));
         let free_at = apart.into_iter().chain(together).max();
         match when {
-            When::IfDue if rotation.paused => Some(Over::Paused),
-            When::Now if rotation.paused => Some(Over::Paused),
-            When::IfDue if rotation.next_at > now => Some(Over::Skipped { until: rotation.next_at }),
-            When::IfDue => free_at.filter(|at| *at > now).map(|until| Over::Skipped { until }),
+            _ if rotation.paused => Some(Over::Paused),
+            When::IfDue | When::IfDueAndFree if rotation.next_at > now => {
+                Some(Over::Skipped { until: rotation.next_at })
+            }
+            When::IfDue | When::IfDueAndFree => {
+                free_at.filter(|at| *at > now).map(|until| Over::Skipped { until })
+            }
             When::Now => free_at.filter(|at| *at > now).map(|until| Over::TooSoon { until }),
         }
     }
@@ -341,9 +372,6 @@ impl Engine {
         tell: &(dyn Fn(Told) + Send + Sync),
     ) -> Result<Over, Failure> {
         let Some(run) = rotation.run.clone() else { return Err(defect("a lease without a run")) };
-        if let Some(group) = &run.definition.group {
-            self.ledger.note_group(lease.id(), group).await?;
-        }
         let held = self.hold(lease, &run, order).await;
         let (rotator, held) = match held {
             Ok(held) => held,
@@ -374,9 +402,7 @@ impl Engine {
             let (mut machine, mut effect) =
                 Activation::begin(traits, run.progress.clone(), offered, run.abort);
             while !matches!(effect, Effect::Rest(_) | Effect::Ended(_)) {
-                tell(Told::Step { step: name_of(&effect), made: false });
                 let event = self.perform(lease, work, &effect).await;
-                tell(Told::Step { step: name_of(&effect), made: true });
                 if let (Effect::Save(progress), Event::Saved { .. }) = (&effect, &event) {
                     tell(Told::Phase { token: Some(progress.token.clone()), phase: progress.phase });
                     if self.is_stopping() {
@@ -477,7 +503,9 @@ impl Engine {
                 token = claimed(rotation);
                 rotation.ended(ending, now);
                 let gap = self.gap(lease.id(), &rotation.definition);
-                rotation.next_at = schedule::next_at(&rotation.definition.schedule, now, gap);
+                // A retirement does not put the next rotation off.
+                let from = if ending == Ending::Rotated { rotation.rotated_at.unwrap_or(now) } else { now };
+                rotation.next_at = schedule::next_at(&rotation.definition.schedule, from, gap);
             })
             .await?;
         match saved {
@@ -496,7 +524,7 @@ impl Engine {
                 if let Some(run) = &mut rotation.run {
                     let after = run.definition.retire_after.unwrap_or_default();
                     run.not_before = later(run.promoted_at.unwrap_or(run.not_before), after);
-                    (run.attempt, run.failure) = (0, None);
+                    (run.attempt, run.failure, run.failed_at) = (0, None, None);
                 }
             })
             .await?;
@@ -518,7 +546,9 @@ impl Engine {
                     if failure.trouble != Trouble::Stopping {
                         run.attempt = run.attempt.saturating_add(1);
                     }
-                    run.not_before = later(now, self.backoff(&failure, run.attempt));
+                    run.not_before =
+                        later(now, backoff(&self.settings, failure.trouble, run.attempt, share()));
+                    run.failed_at = Some(now);
                     retry_at = run.not_before;
                     run.failure = Some(failure.clone());
                 }
@@ -528,22 +558,6 @@ impl Engine {
             Saved::Done(_) => Ok(Over::Unfinished { token, failure, retry_at }),
             Saved::Lost => Ok(in_progress(self.ledger.get(lease.id()).await?.as_ref())),
         }
-    }
-
-    /// Full jitter: anything between nothing and a bound that doubles with each failure, so that those who failed
-    /// together don't come back together. What needs a person waits for most of the longest time.
-    fn backoff(&self, failure: &Failure, attempt: u32) -> Duration {
-        let Settings { retry_from, retry_to, .. } = self.settings;
-        if failure.trouble == Trouble::Stopping {
-            return Duration::ZERO;
-        }
-        let share = f64::from(u32::from_be_bytes(random::<4>().unwrap_or_default())) / f64::from(u32::MAX);
-        if failure.trouble.needs_a_person() {
-            return retry_to.mul_f64(0.5 + share / 2.0);
-        }
-        let bound = retry_from.saturating_mul(2_u32.saturating_pow(attempt.saturating_sub(1).min(30)));
-        // Not at once: what failed a moment ago fails again.
-        (bound.min(retry_to)).mul_f64(share).max(retry_from / 10)
     }
 
     async fn hold(
@@ -565,17 +579,6 @@ impl Engine {
         let mut targets = self.targets.lock().unwrap_or_else(PoisonError::into_inner);
         targets.retain(|_, turn| Arc::strong_count(turn) > 1);
         Arc::clone(targets.entry(target).or_default())
-    }
-
-    /// How long a change in AWS has to wait: its quota of changes is 50 a second for the account (AWS Secrets Manager
-    /// quotas), of which half is left to others.
-    fn turn_in_aws(&self) -> Duration {
-        const EVERY: Duration = Duration::from_millis(40);
-        let now = self.clock.monotonic();
-        let mut free_at = self.pace.lock().unwrap_or_else(PoisonError::into_inner);
-        let mine = (*free_at).max(now);
-        *free_at = mine + EVERY;
-        mine.saturating_sub(now)
     }
 }
 
@@ -628,6 +631,7 @@ const fn name_of(effect: &Effect<VersionId>) -> &'static str {
         Effect::Bar => "raising the fence at the target",
         Effect::Withdraw(_) | Effect::Keep(_) => "taking AWSPENDING away",
         Effect::Retire(_) => "withdrawing what was current before",
+        Effect::Unretire(_) => "giving back what was rolled back to",
         Effect::Rest(_) | Effect::Ended(_) => "the end",
     }
 }

@@ -4,8 +4,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use jiff::Timestamp;
+
 use super::super::ledger::{Lease, Saved};
-use super::super::machine::{Effect, Event, Labels, Phase, Probe, Progress, Which};
+use super::super::machine::{Effect, Ending, Event, Labels, Phase, Probe, Progress, Which};
 use super::super::record::{MOST_REFUSED, Rotation};
 use super::super::rotators::{self, Probed, Rotator, SetOutcome, TestOutcome};
 use super::super::{Failure, Trouble};
@@ -14,6 +16,11 @@ use crate::broker::{BrokerError, Held};
 use crate::error::{Reason, Reasoned as _};
 use crate::secret::{Label, SecretValue, Selector, VersionId};
 use crate::store::{Description, StoreError};
+
+/// How the labels of values begin that were given up although the target may hold them.
+const GIVEN_UP: &str = "given-up-";
+/// How many of them a secret has at most (AWS Secrets Manager: 20 labels for a version, and as many for a secret).
+const MOST_GIVEN_UP: usize = 8;
 
 /// What one activation works with. Values are here only as long as it lasts.
 pub(super) struct Work<'a> {
@@ -28,6 +35,8 @@ pub(super) struct Work<'a> {
     admin: Option<SecretValue>,
     /// What was generated in this activation, until it is read back.
     generated: Option<SecretValue>,
+    /// The labels of values that were given up, by the age of their versions, oldest first.
+    given_up: Vec<(Timestamp, Label)>,
     failure: Option<Failure>,
 }
 
@@ -40,7 +49,8 @@ impl<'a> Work<'a> {
         rotation: Rotation,
     ) -> Self {
         let (current, pending, admin, generated, failure) = (None, None, None, None, None);
-        Self { engine, lease, rotator, held, rotation, current, pending, admin, generated, failure }
+        let given_up = Vec::new();
+        Self { engine, lease, rotator, held, rotation, current, pending, admin, generated, given_up, failure }
     }
 
     /// Why the last step was not done.
@@ -100,18 +110,29 @@ impl<'a> Work<'a> {
             Effect::Test => Box::pin(self.test()).await,
             Effect::Promote(run) => Box::pin(self.promote(run)).await,
             Effect::Bar => Box::pin(self.bar()).await,
-            Effect::Withdraw(token) => Box::pin(self.withdraw(token, None)).await,
+            Effect::Withdraw(token) => {
+                let event = Box::pin(self.withdraw(token, None)).await?;
+                Box::pin(self.forget_outlived()).await;
+                Ok(event)
+            }
             Effect::Keep(token) => {
                 Box::pin(self.make_good()).await?;
+                Box::pin(self.forget_surplus()).await?;
                 Box::pin(self.withdraw(token, Some(kept_under(token)?))).await
             }
             Effect::Retire(run) => Box::pin(self.retire(run)).await,
+            Effect::Unretire(run) => Box::pin(self.unretire(run)).await,
             Effect::Rest(_) | Effect::Ended(_) => Ok(Event::Failed),
         }
     }
 
     async fn look(&mut self) -> Result<Event<VersionId>, Failure> {
-        let description = self.engine.broker.rotation_look(&self.held).await?;
+        let description = match self.engine.broker.rotation_look(&self.held).await {
+            Err(error) if error.reason() == Reason::SecretNotFound && self.token().is_some() => {
+                return Ok(Event::Gone);
+            }
+            looked => looked?,
+        };
         let id = self.lease.id();
         if description.deletion_at.is_some() {
             return Err(Failure::new(
@@ -122,6 +143,7 @@ impl<'a> Work<'a> {
         let Some(current) = holder(&description, &Label::Current) else {
             return Err(Failure::new(Trouble::SecretMissing, format!("secret {id} has no current version")));
         };
+        self.given_up = given_up(&description);
         let pending = self.pending(&description, &current).await?;
         let token_known = match self.token() {
             Some(token) => self.is_known(&description, &token).await?,
@@ -265,11 +287,8 @@ impl<'a> Work<'a> {
             Which::Current => "rotate.probe_current",
             Which::Previous => "rotate.probe_previous",
         };
-        self.begins(step).await?;
         self.load_admin().await?;
-        let Probed { probe, why } = self.rotator.probe(&self.work()?, &value).await;
-        let said = format!("{}: {why}", name_of(probe));
-        self.engine.broker.step_ended(&self.held, step, Ok(said)).await?;
+        let Probed { probe, why } = self.login(step, &value).await?;
         match probe {
             Probe::Unknown => Err(Failure::new(Trouble::TargetUnavailable, why)),
             Probe::Accepted => Ok(Event::Probed(probe)),
@@ -293,7 +312,7 @@ impl<'a> Work<'a> {
     async fn set(&mut self) -> Result<Event<VersionId>, Failure> {
         self.begins("rotate.set").await?;
         self.load_admin().await?;
-        if self.rotation.fingerprint.is_none()
+        if self.fingerprint().is_none()
             && let Some(fingerprint) = self.rotator.identify(&self.work()?).await?
             && !self.remember(fingerprint).await?
         {
@@ -317,7 +336,11 @@ impl<'a> Work<'a> {
         let saved = self
             .engine
             .ledger
-            .save(self.lease, |rotation| rotation.fingerprint = Some(fingerprint.clone()))
+            .save(self.lease, |rotation| {
+                if let Some(run) = &mut rotation.run {
+                    run.fingerprint = Some(fingerprint.clone());
+                }
+            })
             .await?;
         match saved {
             Saved::Done(rotation) => {
@@ -361,7 +384,14 @@ impl<'a> Work<'a> {
         self.begins("rotate.bar").await?;
         self.load_admin().await?;
         let expected = self.expected()?;
-        self.current(&expected).await?;
+        if let Err(failure) = self.current(&expected).await {
+            // A bar needs no value: what is current now stands in for one that is gone.
+            if failure.trouble != Trouble::StoreRefused {
+                return Err(failure);
+            }
+            let now = self.engine.broker.rotation_read(&self.held, &Selector::CURRENT).await?;
+            self.current = Some((expected, now.value));
+        }
         if self.pending.is_none() {
             self.load_pending().await?;
         }
@@ -387,6 +417,33 @@ impl<'a> Work<'a> {
         Ok(())
     }
 
+    /// Values that were given up before the rotation before this one: every account has been set anew since, behind a
+    /// higher fence, so that no target can hold them. A label that stays is taken away the next time.
+    async fn forget_outlived(&self) {
+        let ended = self.rotation.history.iter().rev();
+        let before =
+            ended.filter(|ended| ended.ending == Ending::Rotated).map(|ended| ended.started_at).next();
+        let outlived = |version: &&(Timestamp, Label)| match before {
+            Some(before) => version.0 < before,
+            None => !self.rotator.has_target(),
+        };
+        for (_, label) in self.given_up.iter().filter(outlived) {
+            if let Err(error) = self.engine.broker.unlabel(&self.held, label).await {
+                tracing::debug!(%error, "a value that was given up keeps its label for now");
+            }
+        }
+    }
+
+    /// Of values that are given up one after the other without a rotation that succeeds, the newest are kept: a store has
+    /// a bound on labels, and each of the older ones is behind several fences.
+    async fn forget_surplus(&self) -> Result<(), Failure> {
+        let surplus = (self.given_up.len() + 1).saturating_sub(MOST_GIVEN_UP);
+        for (_, label) in self.given_up.iter().take(surplus) {
+            self.engine.broker.unlabel(&self.held, label).await?;
+        }
+        Ok(())
+    }
+
     /// Someone moved AWSCURRENT to a version of the very account that the run was changing: to AWSPREVIOUS, say, which
     /// was live until the run set another value there. The run gives up, and the target gets back what is current.
     async fn make_good(&mut self) -> Result<(), Failure> {
@@ -395,22 +452,49 @@ impl<'a> Work<'a> {
         }
         let expected = self.expected()?;
         let fetched = self.engine.broker.rotation_read(&self.held, &Selector::CURRENT).await?;
-        let base = self.current(&expected).await?;
+        let base = match self.current(&expected).await {
+            Ok(base) => base,
+            // What the run began from is gone with its secret, and so is all that could be made good.
+            Err(failure) if failure.trouble == Trouble::StoreRefused => return Ok(()),
+            Err(failure) => return Err(failure),
+        };
         // Of the other account, or nothing that this rotator could set: for whoever moved the label to see to.
         if fetched.version.id == expected || self.rotator.check(&base, &fetched.value).is_err() {
             return Ok(());
         }
         self.load_admin().await?;
-        let Probed { probe, .. } = self.rotator.probe(&self.work()?, &fetched.value).await;
-        if probe != Probe::Rejected {
-            return Ok(());
+        match self.login("rotate.probe_current", &fetched.value).await? {
+            Probed { probe: Probe::Accepted, .. } => return Ok(()),
+            Probed { probe: Probe::Rejected, .. } => {}
+            Probed { why, .. } => return Err(Failure::new(Trouble::TargetUnavailable, why)),
         }
-        self.begins("rotate.restore").await?;
-        let work = rotators::Work { current: &base, pending: &fetched.value, ..self.work()? };
+        self.give_back("rotate.restore", &base, &fetched.value).await
+    }
+
+    /// Makes the target take a value again that is current, but that it does not hold any more.
+    async fn give_back(
+        &self,
+        step: &'static str,
+        other: &SecretValue,
+        value: &SecretValue,
+    ) -> Result<(), Failure> {
+        self.begins(step).await?;
+        let work = rotators::Work { current: other, pending: value, ..self.work()? };
         match self.rotator.set(&work).await {
-            Ok(_) => self.ended("rotate.restore", "the target holds what is current").await,
-            Err(failure) => Err(self.failed("rotate.restore", failure).await),
+            Ok(SetOutcome::Done) => self.ended(step, "the target holds what is current").await,
+            Ok(SetOutcome::Refused(why)) => {
+                Err(self.failed(step, Failure::new(Trouble::ValueRefused, why)).await)
+            }
+            Err(failure) => Err(self.failed(step, failure).await),
         }
+    }
+
+    /// One login, on record before and after.
+    async fn login(&self, step: &'static str, value: &SecretValue) -> Result<Probed, Failure> {
+        self.begins(step).await?;
+        let probed = self.rotator.probe(&self.work()?, value).await;
+        self.ended(step, &format!("{}: {}", name_of(probed.probe), probed.why)).await?;
+        Ok(probed)
     }
 
     fn phase(&self) -> Phase {
@@ -429,10 +513,19 @@ impl<'a> Work<'a> {
 
     /// What was current before is withdrawn only as long as the run's version is current: someone may have rolled back.
     async fn retire(&mut self, run: &Progress<VersionId>) -> Result<Event<VersionId>, Failure> {
-        self.begins("rotate.retire").await?;
         self.load_admin().await?;
         self.load_pending().await?;
         self.current(&run.expected).await?;
+        // The last way back is not taken away while the way forward is not known to be open.
+        let pending = self.pending_value()?;
+        match self.login("rotate.probe_current", &pending).await? {
+            Probed { probe: Probe::Accepted, .. } => {}
+            Probed { probe: Probe::Rejected, why } => {
+                return Err(Failure::new(Trouble::CurrentRejected, why));
+            }
+            Probed { why, .. } => return Err(Failure::new(Trouble::TargetUnavailable, why)),
+        }
+        self.begins("rotate.retire").await?;
         match self.rotator.retire(&self.work()?).await {
             Ok(()) => self.ended("rotate.retire", "what was current before is withdrawn").await?,
             Err(failure) => return Err(self.failed("rotate.retire", failure).await),
@@ -447,13 +540,26 @@ impl<'a> Work<'a> {
         if holder(&description, &Label::Current).as_ref() != Some(&run.expected) {
             return Ok(());
         }
-        self.begins("rotate.unretire").await?;
-        let work = self.work()?;
-        let back = rotators::Work { current: work.pending, pending: work.current, ..work };
-        match self.rotator.set(&back).await {
-            Ok(_) => self.ended("rotate.unretire", "the target holds what was rolled back to").await,
-            Err(failure) => Err(self.failed("rotate.unretire", failure).await),
+        self.restore_previous().await
+    }
+
+    /// The same, where the process died or the answer was lost in between.
+    async fn unretire(&mut self, run: &Progress<VersionId>) -> Result<Event<VersionId>, Failure> {
+        self.load_admin().await?;
+        self.load_pending().await?;
+        let current = self.current(&run.expected).await?;
+        match self.login("rotate.probe_current", &current).await? {
+            Probed { probe: Probe::Accepted, .. } => return Ok(Event::Retired),
+            Probed { probe: Probe::Rejected, .. } => {}
+            Probed { why, .. } => return Err(Failure::new(Trouble::TargetUnavailable, why)),
         }
+        self.restore_previous().await?;
+        Ok(Event::Retired)
+    }
+
+    async fn restore_previous(&self) -> Result<(), Failure> {
+        let work = self.work()?;
+        self.give_back("rotate.unretire", work.pending, work.current).await
     }
 
     fn work(&self) -> Result<rotators::Work<'_>, Failure> {
@@ -465,8 +571,13 @@ impl<'a> Work<'a> {
             pending,
             admin: self.admin.as_ref(),
             fence: self.lease.fence(),
-            fingerprint: self.rotation.fingerprint.as_deref(),
+            fingerprint: self.fingerprint(),
+            id: self.lease.id(),
         })
+    }
+
+    fn fingerprint(&self) -> Option<&str> {
+        self.rotation.run.as_ref().and_then(|run| run.fingerprint.as_deref())
     }
 
     fn pending_value(&self) -> Result<SecretValue, Failure> {
@@ -504,7 +615,7 @@ impl<'a> Work<'a> {
 
     async fn pace(&self) {
         if self.engine.broker.is_aws(&self.lease.id().environment) {
-            let wait = self.engine.turn_in_aws();
+            let wait = self.engine.aws.turn(self.engine.clock.monotonic());
             // Nothing ever answers here: it is the time that is waited for.
             let _ = tokio::time::timeout(wait, std::future::pending::<()>()).await;
         }
@@ -516,10 +627,19 @@ fn holder(description: &Description, label: &Label) -> Option<VersionId> {
     description.versions.iter().find(carries).map(|version| version.id.clone())
 }
 
+fn given_up(description: &Description) -> Vec<(Timestamp, Label)> {
+    let of = |version: &crate::secret::Version| {
+        let labels = version.labels.iter().filter(|label| label.as_str().starts_with(GIVEN_UP));
+        labels.map(|label| (version.created_at, label.clone())).collect::<Vec<_>>()
+    };
+    let mut found: Vec<_> = description.versions.iter().flat_map(of).collect();
+    found.sort_by_key(|(created_at, _)| *created_at);
+    found
+}
+
 /// The label of a value that was given up although the target may hold it: no store prunes a version with a label.
 fn kept_under(token: &VersionId) -> Result<Label, Failure> {
-    let short: String = token.as_str().chars().take(8).collect();
-    Label::parse(&format!("given-up-{short}")).map_err(|error| super::defect(&error.to_string()))
+    Label::parse(&format!("{GIVEN_UP}{token}")).map_err(|error| super::defect(&error.to_string()))
 }
 
 const fn name_of(probe: Probe) -> &'static str {

@@ -108,7 +108,7 @@ async fn a_record_comes_back_as_it_was_written_and_goes_when_it_is_removed() {
 }
 
 #[tokio::test]
-async fn r03_of_many_that_want_one_secret_one_gets_it() {
+async fn r3_of_many_that_want_one_secret_one_gets_it() {
     let bench = Bench::new().await;
     let (a, b, id) = (bench.ledger("a"), bench.ledger("b"), secret("database"));
     for round in 0..20 {
@@ -132,7 +132,7 @@ async fn r03_of_many_that_want_one_secret_one_gets_it() {
 }
 
 #[tokio::test]
-async fn r04_who_comes_after_the_lease_has_a_higher_fence_and_who_wakes_late_changes_nothing() {
+async fn r4_who_comes_after_the_lease_has_a_higher_fence_and_who_wakes_late_changes_nothing() {
     let bench = Bench::new().await;
     let (a, b, id) = (bench.ledger("a"), bench.ledger("b"), secret("database"));
     set(&a, &id, "2026-01-01T00:00:00Z").await;
@@ -192,6 +192,78 @@ async fn an_instance_that_starts_anew_takes_over_from_itself_at_once() {
     assert!(after.renew(&lease).await.unwrap());
     bench.clock.advance(LEASE / 2 + Duration::from_secs(1));
     assert!(matches!(after.save(&lease, |_| ()).await.unwrap(), Saved::Done(_)));
+}
+
+#[tokio::test]
+async fn what_an_instance_was_at_when_it_died_is_due_at_its_next_start() {
+    let bench = Bench::new().await;
+    let (dead, other) = (bench.ledger("a"), bench.ledger("b"));
+    let (cut_off, failed, anothers) = (secret("cut-off"), secret("failed"), secret("anothers"));
+    let (released, over) = (secret("released"), secret("over"));
+    let begun_at = bench.clock.now();
+    let lease_ends = begun_at.saturating_add(LEASE).unwrap();
+    let tried_again_at = at("2026-01-01T01:00:00Z");
+    rests(&dead, &cut_off, lease_ends).await;
+    rests(&dead, &failed, tried_again_at).await;
+    rests(&other, &anothers, lease_ends).await;
+    dead.release(rests(&dead, &released, lease_ends).await).await;
+    let next_at = at("2026-02-01T00:00:00Z");
+    let end = |rotation: &mut Rotation| (rotation.run, rotation.next_at) = (None, next_at);
+    let lease = rests(&dead, &over, lease_ends).await;
+    assert!(matches!(dead.save(&lease, end).await.unwrap(), Saved::Done(_)));
+    assert_eq!(dead.reclaim().await.unwrap(), 0, "it lives, and is at it");
+
+    bench.clock.advance(LEASE / 6);
+    let now = bench.clock.now();
+    let before = bench.index().await;
+    assert!(other.due(now, None, 100).await.unwrap().is_empty());
+    let after = bench.ledger("a");
+    assert_eq!(after.reclaim().await.unwrap(), 3, "whose leases are there");
+    assert_eq!(after.due(now, None, 100).await.unwrap(), [cut_off.clone()]);
+    for (id, expected) in [
+        (&cut_off, now),
+        (&failed, tried_again_at),
+        (&anothers, lease_ends),
+        (&released, lease_ends),
+        (&over, next_at),
+    ] {
+        let rotation = after.get(id).await.unwrap().unwrap();
+        assert_eq!(rotation.attention_at(), Some(expected), "{id}");
+    }
+    assert_eq!(bench.index().await.len(), before.len());
+    assert_eq!(after.mend_index().await.unwrap(), 0);
+    assert!(matches!(after.take(&anothers, begun).await.unwrap(), Taken::Busy(_)));
+    mine(&after, &cut_off).await;
+}
+
+/// Takes a rotation, whose run is not to be taken up before `not_before`.
+async fn rests(ledger: &Ledger, id: &SecretId, not_before: Timestamp) -> Lease {
+    set(ledger, id, "2026-01-01T00:00:00Z").await;
+    let (lease, _) = mine(ledger, id).await;
+    let wait = |rotation: &mut Rotation| rotation.run.as_mut().unwrap().not_before = not_before;
+    assert!(matches!(ledger.save(&lease, wait).await.unwrap(), Saved::Done(_)));
+    lease
+}
+
+#[tokio::test]
+async fn an_instance_that_was_at_more_than_a_page_has_all_of_them_back() {
+    let bench = Bench::new().await;
+    let ledger = bench.ledger("a");
+    let lease_ends = bench.clock.now().saturating_add(LEASE).unwrap();
+    let (mut records, mut leases) = (Vec::new(), Vec::new());
+    for n in 0..300 {
+        let (id, mut rotation) = (secret(&format!("s-{n:04}")), rotation("2026-01-01T00:00:00Z"));
+        let run = Run::new(rotation.definition.clone(), "schedule".to_owned(), rotation.next_at);
+        rotation.run = Some(Run { not_before: lease_ends, ..run });
+        records.push(Write::put(record_key(&id), rotation.encode(&bench.key, &id).unwrap()));
+        let owner = if n % 100 == 0 { "b/earlier" } else { "a/earlier" };
+        leases.push(Write::put(lease_key(&id), owner));
+    }
+    bench.write(records).await;
+    bench.write(leases).await;
+    assert_eq!(ledger.mend_index().await.unwrap(), 300);
+    assert_eq!(ledger.reclaim().await.unwrap(), 297);
+    assert_eq!(ledger.due(bench.clock.now(), None, 1_000).await.unwrap().len(), 297);
 }
 
 #[tokio::test]

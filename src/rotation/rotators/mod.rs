@@ -18,7 +18,7 @@ use jiff::Timestamp;
 
 use super::machine::Probe;
 use super::{Failure, Trouble};
-use crate::secret::{SecretName, SecretValue};
+use crate::secret::{SecretId, SecretName, SecretValue};
 
 /// Every kind of rotator.
 pub const ENTRIES: &[&Entry] = &[&random::ENTRY, &jwt_secret::ENTRY, &postgresql::ENTRY];
@@ -45,6 +45,8 @@ impl fmt::Debug for Entry {
 /// What a step works with.
 #[derive(Debug, Clone, Copy)]
 pub struct Work<'a> {
+    /// The secret.
+    pub id: &'a SecretId,
     /// AWSCURRENT's value; in [`Rotator::retire`] the value that was current before.
     pub current: &'a SecretValue,
     /// The pending value; in [`Rotator::retire`] the value that is current now.

@@ -238,8 +238,8 @@ impl Scheduler {
         match (rotation.attention_at(), held) {
             (None, _) => return What::NotYet(ASIDE),
             (Some(at), _) if at > now => return What::NotYet(between(now, at)),
-            // What is in progress goes on, whatever the clock says.
-            _ if rotation.run.is_some() => return What::Begin,
+            // What is in progress goes on, whatever the clock says; but nothing is withdrawn by a clock that was set.
+            _ if rotation.run.is_some() && !(held.is_some() && is_retiring(rotation)) => return What::Begin,
             (_, Some(held)) => return What::NotYet(held),
             _ => {}
         }
@@ -264,7 +264,7 @@ impl Scheduler {
         let (works, secret) = (self.works.clone(), id.clone());
         let handle = self.running.spawn(async move {
             let Some(_running) = works.tasks.enter().await else { return Over::Refused(ending()) };
-            let order = Order { asked_by: "schedule".to_owned(), request_id: None, when: When::IfDue };
+            let order = Order { asked_by: "schedule".to_owned(), request_id: None, when: When::IfDueAndFree };
             works.activate(&secret, &order, &|_: Told| {}).await
         });
         self.busy.insert(handle.id(), id);

@@ -22,6 +22,7 @@ use jiff::Timestamp;
 
 use super::definition::Definition;
 use super::engine::{Engine, Order, Told, When};
+use super::machine::Ending;
 use super::record::{Rotation, Run};
 use super::scheduler::{FiguresNow, Works, is_retiring};
 use super::{Failure, Trouble, schedule};
@@ -94,7 +95,8 @@ impl Rotations {
     /// found out anew. A run in progress ends as it began.
     ///
     /// # Errors
-    /// [`BrokerError`]; needs [`Action::Administer`] on the environment. [`Reason::InvalidConfig`] where the definition is
+    /// [`BrokerError`]; needs [`Action::Administer`] on the environment, and [`Action::Read`] on the secret that holds the
+    /// admin's credential, where the definition names one. [`Reason::InvalidConfig`] where the definition is
     /// not one. Where the caller may describe the secret: [`Reason::SecretNotFound`], [`Reason::SecretDeleted`],
     /// [`Reason::VersionNotFound`] where there is nothing to rotate. Others learn of that from the first run.
     pub async fn set(&self, call: &Call, id: SecretId, definition: &str) -> Result<Shown, BrokerError> {
@@ -102,6 +104,7 @@ impl Rotations {
         let (this, caller, definition) = (self.clone(), call.clone(), definition.to_owned());
         let work = async move {
             let definition = parse(&definition)?;
+            this.may_use(&caller, &id, &definition).await?;
             this.must_exist(&caller, &id).await?;
             let gap = this.works.engine.gap(&id, &definition);
             this.alter(&id, |before| Ok(Some(this.defined(before, &definition, gap)))).await?;
@@ -111,11 +114,12 @@ impl Rotations {
         self.changing(call, "set_rotation", asks, work).await
     }
 
-    /// Removes a rotation. The secret stays as it is.
+    /// Removes a rotation. The secret stays as it is; a run that rests after a failure goes with it, and what it has made
+    /// stays under AWSPENDING, where a rotation that is set anew takes it up.
     ///
     /// # Errors
     /// [`BrokerError`]; needs [`Action::Administer`] on the environment. [`Reason::RotationNotFound`];
-    /// [`Reason::Conflict`] while a run is in progress.
+    /// [`Reason::Conflict`] while a run is worked on.
     pub async fn remove(&self, call: &Call, id: SecretId) -> Result<(), BrokerError> {
         let asks = (Action::Administer, Resource::Environment(id.environment.clone()));
         let this = self.clone();
@@ -123,7 +127,9 @@ impl Rotations {
             let remove = |before: Option<Rotation>| {
                 let before = before.ok_or_else(|| not_set(&id))?;
                 let busy = || conflict(&id, "is in progress; abort it or wait for its end, then remove it");
-                if before.run.is_some() { Err(busy()) } else { Ok(None) }
+                // One that rests after a failure may never come to an end: its target is gone, or its secret.
+                let rests = |run: &Run| run.failure.is_some() || run.progress.is_none();
+                if before.run.as_ref().is_none_or(rests) { Ok(None) } else { Err(busy()) }
             };
             this.alter(&id, remove).await
         };
@@ -206,14 +212,18 @@ impl Rotations {
     ///
     /// # Errors
     /// [`BrokerError`]; needs [`Action::Rotate`] on the secret. [`Reason::RotationNotFound`]; [`Reason::Conflict`] where
-    /// no run is in progress, or AWSCURRENT has moved already.
+    /// no run is in progress. Where AWSCURRENT has moved already, what was current before is not withdrawn any more.
     pub async fn abort(&self, call: &Call, id: SecretId) -> Result<Shown, BrokerError> {
         let asks = (Action::Rotate, Resource::Secret(id.clone()));
         // Not `Now`: where the run has ended by another's hand, none is begun in its place.
         let (this, order) = (self.clone(), order(call, When::IfDue));
         let work = async move {
             let now = this.now();
-            this.alter(&id, |before| aborting(&id, before, now).map(Some)).await?;
+            let abort = |before| match before {
+                Some(rotation) if is_retiring(&rotation) => Ok(Some(this.unretired(&id, rotation))),
+                before => aborting(&id, before, now).map(Some),
+            };
+            this.alter(&id, abort).await?;
             this.works.activate(&id, &order, &|_: Told| {}).await;
             this.shown(id).await
         };
@@ -253,6 +263,16 @@ impl Rotations {
         let (was, is) = self.works.engine.ledger().update(id, attempt).await??;
         self.works.figures.note_change(id, was, is);
         Ok(())
+    }
+
+    /// A definition says where the admin's credential is sent, so whoever sets it must be one who may have it: the engine
+    /// may read every secret, and must not lend that to others.
+    async fn may_use(&self, call: &Call, id: &SecretId, definition: &Definition) -> Result<(), BrokerError> {
+        let rotator = definition.rotator()?;
+        let Some(admin) = rotator.admin() else { return Ok(()) };
+        let admin = SecretId::new(id.environment.clone(), admin.clone());
+        let asks = (Action::Read, Resource::Secret(admin));
+        self.works.broker.governed(call, "set_rotation", asks, false, async { Ok(()) }).await
     }
 
     /// A rotation as a definition makes it.
@@ -316,6 +336,16 @@ impl Rotations {
         Shown { id, rotation, min_gap }
     }
 
+    /// A run that only waits to withdraw what was current before, ended without that.
+    fn unretired(&self, id: &SecretId, mut rotation: Rotation) -> Rotation {
+        let now = self.now();
+        rotation.ended(Ending::Rotated, now);
+        let gap = self.works.engine.gap(id, &rotation.definition);
+        let from = rotation.rotated_at.unwrap_or(now);
+        rotation.next_at = schedule::next_at(&rotation.definition.schedule, from, gap);
+        rotation
+    }
+
     fn now(&self) -> Timestamp {
         self.works.engine.clock().now()
     }
@@ -346,11 +376,6 @@ fn hasten(run: &mut Run, now: Timestamp) {
 
 fn aborting(id: &SecretId, before: Option<Rotation>, now: Timestamp) -> Result<Rotation, BrokerError> {
     let mut rotation = before.ok_or_else(|| not_set(id))?;
-    if is_retiring(&rotation) {
-        let problem =
-            "has moved AWSCURRENT already; there is nothing to abort, `claviger rollback` moves it back";
-        return Err(conflict(id, problem));
-    }
     let Some(run) = &mut rotation.run else {
         return Err(conflict(id, "is not in progress; there is nothing to abort"));
     };

@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use rustix::process::Signal;
+
 use super::oracle::Oracle;
 use super::stage::{Plan, Stage};
 use super::until;
@@ -93,6 +95,59 @@ async fn r31_a_clock_set_by_a_year_either_way_rotates_nothing_and_stops_nobody()
     by_hand(&stage, &mut made).await;
     stage.assert_sound().await;
     oracle.stop().assert_clean();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn r31_a_clock_set_by_a_year_in_the_middle_of_a_run_does_not_strand_it() {
+    /// Who sees to it that the run is taken up again.
+    #[derive(Clone, Copy, PartialEq)]
+    enum By {
+        Nobody,
+        Person,
+        Restart,
+    }
+    let mut server = Postgres::start();
+    let clock = Clock::right();
+    let plan = Plan { variables: clock.variables(), ..Plan::to_be_killed() };
+    let mut stage = Stage::raise(&server, plan).await;
+    let oracle = Oracle::watch(&stage);
+    for (off_by, by) in [("-365d", By::Nobody), ("+365d", By::Person), ("+365d", By::Restart)] {
+        stage.old_enough().await;
+        server.stop(Signal::INT);
+        let step = stage.begin(false).await.end().await;
+        assert_eq!(step.result, "unfinished", "{step:?}");
+        let token = stage.meets("target_unavailable").await.version_id;
+        set_and_noticed(&stage, &clock, off_by).await;
+        let attempt = stage.status().await.run.expect("it rests").attempt;
+        if off_by.starts_with('+') {
+            // Then it is told to wait by the wrong clock.
+            until("it is tried again", async || {
+                (stage.status().await.run?.attempt > attempt).then_some(())
+            })
+            .await;
+        } else {
+            a_few_looks().await;
+        }
+        set_and_noticed(&stage, &clock, "+0d").await;
+        assert_eq!(stage.status().await.run.expect("it goes on").version_id, token, "{off_by}");
+        server.restart();
+        match by {
+            By::Nobody => {}
+            By::Person => stage.resume(),
+            By::Restart => {
+                stage.kill();
+                stage.start();
+            }
+        }
+        stage.assert_resumed(&token).await;
+    }
+    oracle.stop().assert_no_lockout();
+}
+
+async fn set_and_noticed(stage: &Stage, clock: &Clock, off_by: &str) {
+    let said = steps_said(stage);
+    clock.set(off_by);
+    until("the step is noticed", async || (steps_said(stage) > said).then_some(())).await;
 }
 
 /// Rotates, and gives the version.

@@ -109,14 +109,7 @@ async fn r25_what_a_person_rolled_back_to_is_not_changed_by_a_run_that_is_on_its
     proxy.struck().await;
     // The change that is on its way is of the very user that this leads back to.
     oracle.may_go_back();
-    let request = v1::RollbackSecretRequest {
-        environment: ENVIRONMENT.to_owned(),
-        name: NAME.to_owned(),
-        to_version_id: labels["AWSPREVIOUS"].clone(),
-        expected_version_id: labels["AWSCURRENT"].clone(),
-        ..Default::default()
-    };
-    stage.secrets().await.rollback_secret(request).await.unwrap();
+    stage.roll_back(&labels["AWSPREVIOUS"], &labels["AWSCURRENT"]).await;
     let rotation = stage.settle().await;
     let ended = &rotation.history[0];
     assert_eq!((ended.ending.as_str(), &ended.version_id), ("superseded", &token), "{rotation:?}");
@@ -124,6 +117,60 @@ async fn r25_what_a_person_rolled_back_to_is_not_changed_by_a_run_that_is_on_its
     assert_eq!(stage.labels().await["AWSCURRENT"], labels["AWSPREVIOUS"]);
     stage.assert_sound().await;
     oracle.stop().assert_clean();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn r25_what_a_person_rolled_back_to_while_the_run_changed_it_is_set_again() {
+    let server = Postgres::start();
+    let mut proxy = Proxy::before(port(&server)).await;
+    let stage = Stage::raise(&server, Plan::default().through(proxy.port)).await;
+    assert_eq!(stage.rotate().await.result, "rotated");
+    let labels = stage.labels().await;
+    proxy.next(Fault::Keep);
+    let token = stage.begin(false).await.reaches("set").await;
+    proxy.struck().await;
+    stage.roll_back(&labels["AWSPREVIOUS"], &labels["AWSCURRENT"]).await;
+    assert_eq!(proxy.release().await, Answer::Committed, "it was in time for the change");
+    is_made_good(&stage, &token, &labels["AWSPREVIOUS"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn r25_what_a_person_rolled_back_to_after_the_change_is_set_again() {
+    let server = Postgres::start();
+    let mut proxy = Proxy::before(port(&server)).await;
+    let stage = Stage::raise(&server, Plan::default().through(proxy.port)).await;
+    assert_eq!(stage.rotate().await.result, "rotated");
+    let labels = stage.labels().await;
+    let there = login(&stage.version(&labels["AWSPREVIOUS"]).await);
+    stage.pair.lets_in(&there).expect("nobody has changed it yet");
+    // The target is away with the answer, so that the run rests.
+    proxy.next(Fault::LoseAnswerAndClose);
+    let token = stage.begin(false).await.reaches("set").await;
+    proxy.struck().await;
+    stage.meets("target_unavailable").await;
+    assert!(stage.pair.lets_in(&there).is_err(), "it was committed");
+    stage.roll_back(&labels["AWSPREVIOUS"], &labels["AWSCURRENT"]).await;
+    proxy.open();
+    is_made_good(&stage, &token, &labels["AWSPREVIOUS"]).await;
+}
+
+/// The run gives up, and the version that a person chose instead logs in again, though the run had set another password
+/// in its place.
+async fn is_made_good(stage: &Stage, token: &str, chosen: &str) {
+    let rotation = stage.settle().await;
+    let ended = &rotation.history[0];
+    assert_eq!((ended.ending.as_str(), ended.version_id.as_str()), ("superseded", token), "{rotation:?}");
+    assert_eq!(stage.labels().await["AWSCURRENT"], chosen, "theirs stays");
+    stage.pair.lets_in(&login(&stage.current().await)).expect("AWSCURRENT logs in again");
+    let records = ["audit", "query", "--action", "rotate", "--limit", "1000", "--output", "json"];
+    let records = stage.program().ok(records);
+    assert!(records.contains("rotate.restore"), "it is on record: {records}");
+    stage.assert_sound().await;
+    // Each of the two has its turn.
+    for _ in 0..2 {
+        assert_eq!(stage.rotate().await.result, "rotated");
+        stage.assert_sound().await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

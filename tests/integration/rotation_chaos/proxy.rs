@@ -1,6 +1,7 @@
-//! Between broker and PostgreSQL: does to one change of a password what a network does on a bad day.
+//! Between broker and PostgreSQL: does to one change of a role what a network does on a bad day.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex};
 
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
@@ -10,13 +11,26 @@ use tokio::task::{JoinHandle, JoinSet};
 
 use super::HUNG;
 
-/// What happens to the next change of a password.
+/// The changes that it can tell apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Change {
+    /// A password is set.
+    Setting,
+    /// What was current before is withdrawn.
+    Retirement,
+}
+
+/// What happens to a change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Fault {
     /// It never gets there: the connection is reset.
     LoseRequest,
     /// It is committed, and the answer never comes back: the connection is reset.
     LoseAnswer,
+    /// As [`LoseAnswer`](Self::LoseAnswer), and nobody gets through any more until [`Proxy::open`].
+    LoseAnswerAndClose,
+    /// It never gets there: the answer is that the server does not take this password.
+    Refuse,
     /// It is kept until [`Proxy::release`]. Who sent it may be dead by then: the server gets it all the same.
     Keep,
 }
@@ -40,8 +54,10 @@ pub(super) struct Proxy {
 }
 
 struct Shared {
-    upstream: u16,
-    next: Mutex<Option<Fault>>,
+    upstream: AtomicU16,
+    closed: AtomicBool,
+    next: Mutex<Option<(Change, Fault)>>,
+    always: Mutex<Option<Fault>>,
     release: Notify,
     struck: mpsc::UnboundedSender<Fault>,
     answers: mpsc::UnboundedSender<Answer>,
@@ -55,8 +71,10 @@ impl Proxy {
         let (struck_by, struck) = mpsc::unbounded_channel();
         let (answer, answers) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
-            upstream,
+            upstream: AtomicU16::new(upstream),
+            closed: AtomicBool::new(false),
             next: Mutex::default(),
+            always: Mutex::default(),
             release: Notify::new(),
             struck: struck_by,
             answers: answer,
@@ -67,7 +85,27 @@ impl Proxy {
 
     /// Does this to the next change of a password, once.
     pub(super) fn next(&self, fault: Fault) {
-        *self.shared.next.lock().unwrap() = Some(fault);
+        *self.shared.next.lock().unwrap() = Some((Change::Setting, fault));
+    }
+
+    /// Does this to the next withdrawal of a password, once.
+    pub(super) fn next_retirement(&self, fault: Fault) {
+        *self.shared.next.lock().unwrap() = Some((Change::Retirement, fault));
+    }
+
+    /// Does this to each change of a password, until it is told otherwise.
+    pub(super) fn always(&self, fault: Option<Fault>) {
+        *self.shared.always.lock().unwrap() = fault;
+    }
+
+    /// Lets connections through again.
+    pub(super) fn open(&self) {
+        self.shared.closed.store(false, Ordering::SeqCst);
+    }
+
+    /// From the next connection on, leads to the server on this port.
+    pub(super) fn lead_to(&self, upstream: u16) {
+        self.shared.upstream.store(upstream, Ordering::SeqCst);
     }
 
     /// Waits until it was done.
@@ -92,13 +130,15 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
     // Dropped with the task, and every connection with it.
     let mut connections = JoinSet::new();
     while let Ok((client, _)) = listener.accept().await {
-        connections.spawn(serve(client, Arc::clone(&shared)));
+        if !shared.closed.load(Ordering::SeqCst) {
+            connections.spawn(serve(client, Arc::clone(&shared)));
+        }
     }
 }
 
 /// One connection, which is plain: `tls = "disable"`.
 async fn serve(client: TcpStream, shared: Arc<Shared>) -> io::Result<()> {
-    let server = TcpStream::connect(("127.0.0.1", shared.upstream)).await?;
+    let server = TcpStream::connect(("127.0.0.1", shared.upstream.load(Ordering::SeqCst))).await?;
     let (mut from_client, mut to_client) = client.into_split();
     let (mut from_server, mut to_server) = server.into_split();
     let fault = {
@@ -128,6 +168,12 @@ async fn serve(client: TcpStream, shared: Arc<Shared>) -> io::Result<()> {
         let _ = shared.struck.send(fault);
         shared.release.notified().await;
     }
+    if fault == Fault::Refuse {
+        let _ = shared.struck.send(fault);
+        to_client.write_all(REFUSAL).await?;
+        // What is left to be said is good-bye.
+        return tokio::io::copy(&mut from_client, &mut to_server).await.map(drop);
+    }
     if fault != Fault::LoseRequest {
         to_server.write_all(&request).await?;
         let (bytes, answer) = answer_to(&request, &mut from_client, &mut to_server, &mut from_server).await?;
@@ -144,12 +190,19 @@ async fn serve(client: TcpStream, shared: Arc<Shared>) -> io::Result<()> {
             };
         }
     }
+    if fault == Fault::LoseAnswerAndClose {
+        shared.closed.store(true, Ordering::SeqCst);
+    }
     let client = to_client.reunite(from_client).map_err(io::Error::other)?;
     client.set_zero_linger()?;
     drop(client);
     let _ = shared.struck.send(fault);
     Ok(())
 }
+
+/// An ErrorResponse with the SQLSTATE by which a change says that the server does not take a password, and
+/// ReadyForQuery.
+const REFUSAL: &[u8] = b"E\0\0\0\x26SERROR\0CCLV03\0Mnot this password\0\0Z\0\0\0\x05I";
 
 /// The server's answer, up to where it is ready for more. What is asked in several messages needs the rest of them.
 async fn answer_to(
@@ -186,13 +239,20 @@ fn code(response: &[u8]) -> String {
 }
 
 impl Shared {
-    /// What is to be done to this request, if it changes a password.
+    /// What is to be done to this request, if it is a change.
     fn meant(&self, request: &[u8]) -> Option<Fault> {
         let holds = |text: &[u8]| request.windows(text.len()).any(|window| window == text);
-        if !(holds(b"DO LANGUAGE plpgsql") && holds(b"SCRAM-SHA-256$")) {
+        if !holds(b"DO LANGUAGE plpgsql") {
             return None;
         }
-        self.next.lock().unwrap().take()
+        let change = match (holds(b"SCRAM-SHA-256$"), holds(b"PASSWORD NULL")) {
+            (true, _) => Change::Setting,
+            (false, true) => Change::Retirement,
+            (false, false) => return None,
+        };
+        let always = self.always.lock().unwrap().filter(|_| change == Change::Setting);
+        let once = self.next.lock().unwrap().take_if(|(of, _)| *of == change).map(|(_, fault)| fault);
+        once.or(always)
     }
 }
 

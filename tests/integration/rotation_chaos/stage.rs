@@ -39,6 +39,8 @@ pub(super) struct Plan {
     pub(super) schedule: &'static str,
     /// More keys of the definition.
     pub(super) more: &'static str,
+    /// The ports of what must accept a new password, too.
+    pub(super) endpoints: Vec<u16>,
     /// The broker's environment variables.
     pub(super) variables: Vec<(String, String)>,
     /// Below which folder everything is, if not below one of its own.
@@ -53,6 +55,7 @@ impl Default for Plan {
             lease: "10s",
             schedule: "every 30d",
             more: "",
+            endpoints: Vec::new(),
             variables: Vec::new(),
             below: None,
         }
@@ -107,6 +110,8 @@ name_template = "{unique}/{{environment}}/{{name}}"
     fn definition(&self, pair: &Pair) -> String {
         let port = self.port.unwrap_or(pair.port);
         let Self { schedule, more, .. } = self;
+        let endpoints: Vec<_> = self.endpoints.iter().map(|port| format!("\"127.0.0.1:{port}\"")).collect();
+        let endpoints = endpoints.join(", ");
         let Pair { database, owner, users: [first, second], .. } = pair;
         format!(
             r#"
@@ -121,6 +126,8 @@ users = ["{first}", "{second}"]
 owner = "{owner}"
 admin = "{ADMIN}"
 tls = "disable"
+endpoints = [{endpoints}]
+propagation = "2s"
 "#
         )
     }
@@ -213,7 +220,9 @@ impl Stage {
 
     /// Sets the rotation anew, with more keys in its definition.
     pub(super) async fn set_with(&self, more: &'static str) {
-        let plan = Plan { more, port: self.plan.port, schedule: self.plan.schedule, ..Plan::default() };
+        let Plan { port, schedule, endpoints, .. } = &self.plan;
+        let plan =
+            Plan { more, port: *port, schedule, endpoints: endpoints.clone(), ..Plan::default() };
         self.set(plan.definition(&self.pair)).await;
     }
 
@@ -245,6 +254,23 @@ impl Stage {
             run.trouble.as_ref().is_some_and(|found| found.code == trouble).then_some(run)
         })
         .await
+    }
+
+    /// Has a run that failed taken up at once, as a person does who has mended something.
+    pub(super) fn resume(&self) {
+        self.program().ok(["rotation", "resume", "-e", ENVIRONMENT, NAME]);
+    }
+
+    /// Makes another version current again, as a person does.
+    pub(super) async fn roll_back(&self, to: &str, from: &str) {
+        let request = v1::RollbackSecretRequest {
+            environment: ENVIRONMENT.to_owned(),
+            name: NAME.to_owned(),
+            to_version_id: to.to_owned(),
+            expected_version_id: from.to_owned(),
+            ..Default::default()
+        };
+        self.secrets().await.rollback_secret(request).await.unwrap();
     }
 
     /// Waits until nothing is going on any more; nobody does anything for it.

@@ -56,7 +56,7 @@ fn fitting(effect: &Effect<u8>) -> Vec<Event<u8>> {
         Effect::Promote(_) => vec![Event::Promoted, Event::Conflict],
         Effect::Bar => vec![Event::Barred],
         Effect::Withdraw(_) | Effect::Keep(_) => vec![Event::Withdrawn],
-        Effect::Retire(_) => vec![Event::Retired],
+        Effect::Retire(_) | Effect::Unretire(_) => vec![Event::Retired],
         Effect::Rest(_) | Effect::Ended(_) => vec![Event::Failed],
     }
 }
@@ -82,6 +82,7 @@ fn any_event() -> impl Strategy<Value = Event<u8>> {
         Event::Barred,
         Event::Withdrawn,
         Event::Retired,
+        Event::Gone,
         Event::Failed,
     ]);
     proptest::sample::select(every)
@@ -196,6 +197,11 @@ impl Watch {
                 prop_assert_eq!(current, Some(run.token));
                 prop_assert_eq!(self.phase(), Some(Phase::Retire));
             }
+            Effect::Unretire(run) => {
+                let current = self.labels.as_ref().map(|labels| labels.current);
+                prop_assert_eq!(current, Some(run.expected));
+                prop_assert_eq!(self.phase(), Some(Phase::Retire));
+            }
         }
         Ok(())
     }
@@ -251,7 +257,7 @@ proptest! {
     }
 
     #[test]
-    fn the_models_labels_are_the_products(steps in proptest::collection::vec((0..4_u8, 0..6_u8), 0..20)) {
+    fn the_models_labels_are_the_products(steps in proptest::collection::vec((0..6_u8, 0..6_u8), 0..30)) {
         let mut shelf = Shelf { current: 0, pending: None, previous: None, versions: Vec::new() };
         shelf.write(0, User::A, false);
         let mut labels = secret::Labels::default().put(&id(0), &[]).unwrap();
@@ -298,8 +304,24 @@ fn step_both(shelf: &mut Shelf, labels: &secret::Labels, step: u8, version: u8) 
             assert_eq!(moved.is_ok(), held.is_none() || held == Some(version), "{labels:?}, {version}");
             moved.unwrap_or_else(|_| labels.clone())
         }
+        // In time, or as late as a rotation.
+        4 if !is_new => finish_both(shelf, labels, shelf.current, version),
+        5 if !is_new => finish_both(shelf, labels, shelf.previous.unwrap_or(version), version),
         _ => labels.clone(),
     }
+}
+
+/// A promotion, by the rule that the model has for one that takes the claim.
+fn finish_both(shelf: &mut Shelf, labels: &secret::Labels, expected: u8, version: u8) -> secret::Labels {
+    let is_claimed = shelf.pending == Some(version) && shelf.current == expected;
+    let may = is_claimed || shelf.current == version;
+    let finished = labels.finish(&id(expected), &id(version));
+    assert_eq!(finished.is_ok(), may, "{labels:?}, from {expected} to {version}");
+    if may {
+        shelf.move_current(version);
+        shelf.take_claim_off(version, false);
+    }
+    finished.unwrap_or_else(|_| labels.clone())
 }
 
 /// `SplitMix64`: a walk is its seed.

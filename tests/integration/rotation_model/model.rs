@@ -231,6 +231,13 @@ impl Rotations {
                 }
                 _ => Event::Failed,
             },
+            Effect::Unretire(run) => match world.store.version(run.expected) {
+                Some(version) if self.admits(world, version.user, fence) => {
+                    world.account_mut(version.user).password = version.password;
+                    Event::Retired
+                }
+                _ => Event::Failed,
+            },
             _ => Event::Failed,
         }
     }

@@ -43,8 +43,6 @@ pub(super) fn step(id: &SecretId, told: Told) -> v1::RotationStep {
         Told::Phase { token, phase } => {
             v1::RotationStep { version_id: version_id(token), phase: phase.as_str().to_owned(), ..of(id) }
         }
-        // Finer than what callers are told.
-        Told::Step { .. } => of(id),
         Told::Over(over) => came_out(id, over),
     }
 }
