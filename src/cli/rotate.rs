@@ -5,7 +5,7 @@
 //! NAME NAME…  {"rotations":[the same],"done","total"}
 //! --due       the same
 //!
-//! result   rotated, in_progress, skipped · superseded, aborted, discarded: over without a new version
+//! result   rotated, in_progress, skipped · superseded, aborted: over without a new version
 //!          unfinished: tried again at retry_at · blocked: needs a person · refused: did not begin
 //!          due: with --dry-run · null: nobody said how it ended; phase is how far it was
 //! trouble  {"code","message","mend","needs_person"}

@@ -4672,7 +4672,7 @@ pub struct RotationRun {
 /// A run that is over.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct EndedRotation {
-    /// `rotated`, `superseded`, `aborted` or `discarded`.
+    /// `rotated`, `superseded` or `aborted`.
     #[prost(string, tag = "1")]
     pub ending: ::prost::alloc::string::String,
     /// The id of the version; empty where none was claimed.
@@ -4904,15 +4904,15 @@ pub struct RotationStep {
     /// The phase that begins: `create`, `set`, `test`, `finish` or `retire`; empty where it is over for now.
     #[prost(string, tag = "4")]
     pub phase: ::prost::alloc::string::String,
-    /// How it ended: `rotated`, `superseded`, `aborted`, `discarded`; `in_progress` where someone else works on it;
-    /// `unfinished` where it is tried again later, `blocked` where a person is needed; `skipped` where it is not due any
-    /// more; `refused` where it did not begin. Empty while it goes on.
+    /// How it ended: `rotated`, `superseded`, `aborted`; `in_progress` where someone else works on it; `unfinished` where it
+    /// is tried again later, `blocked` where a person is needed; `skipped` where it is not due any more; `refused` where it
+    /// did not begin. Empty while it goes on.
     #[prost(string, tag = "5")]
     pub result: ::prost::alloc::string::String,
     /// What is in its way.
     #[prost(message, optional, tag = "6")]
     pub trouble: ::core::option::Option<RotationTrouble>,
-    /// When it is tried again, where it is; in a dry run, since when it is due.
+    /// When it is tried again, where it is; where it was skipped, not before; in a dry run, since when it is due.
     #[prost(message, optional, tag = "7")]
     pub retry_at: ::core::option::Option<::prost_types::Timestamp>,
 }

@@ -254,3 +254,98 @@ impl Run {
         Duration::try_from(now.duration_since(self.started_at)).unwrap_or_default()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(text: &str) -> Timestamp {
+        text.parse().unwrap()
+    }
+
+    fn definition(length: usize) -> Definition {
+        let text = format!("rotator = \"random\"\nschedule = \"every 30d\"\n\n[random]\nlength = {length}\n");
+        Definition::parse(&text).unwrap()
+    }
+
+    /// One with a run that began a second before the year did.
+    fn running() -> Rotation {
+        let run = Run::new(definition(32), "schedule".to_owned(), at("2025-12-31T23:59:59Z"));
+        let idle = Rotation::new(definition(32), at("2026-01-31T00:00:00Z"));
+        Rotation { run: Some(run), ..idle }
+    }
+
+    #[test]
+    fn how_it_is_and_when_to_look_at_it_follow_from_the_run_first() {
+        let next_at = at("2026-01-31T00:00:00Z");
+        let idle = Rotation::new(definition(32), next_at);
+        assert_eq!((idle.health(), idle.attention_at()), (Health::Idle, Some(next_at)));
+        let paused = Rotation { paused: true, ..idle };
+        assert_eq!((paused.health(), paused.attention_at()), (Health::Paused, None));
+
+        // A pause lets a run come to its end.
+        let mut rotation = Rotation { paused: true, ..running() };
+        let not_before = at("2026-01-01T01:00:00Z");
+        rotation.run.as_mut().unwrap().not_before = not_before;
+        let mut health = |attempt: u32, trouble: Option<Trouble>| {
+            let run = rotation.run.as_mut().unwrap();
+            (run.attempt, run.failure) = (attempt, trouble.map(|trouble| Failure::new(trouble, "it failed")));
+            assert_eq!(rotation.attention_at(), Some(not_before));
+            rotation.health()
+        };
+        assert_eq!(health(0, None), Health::Running);
+        assert_eq!(health(DEGRADED_FROM - 1, Some(Trouble::TargetUnavailable)), Health::Running);
+        assert_eq!(health(DEGRADED_FROM, Some(Trouble::TargetUnavailable)), Health::Degraded);
+        assert_eq!(health(1, Some(Trouble::LockedOut)), Health::Blocked);
+        assert_eq!(health(DEGRADED_FROM, Some(Trouble::LockedOut)), Health::Blocked);
+    }
+
+    #[test]
+    fn only_a_run_that_rotated_counts_as_a_rotation() {
+        let (promoted_at, over_at) = (at("2026-01-01T00:00:00Z"), at("2026-01-02T00:00:00Z"));
+        for (ending, promoted, expected) in [
+            (Ending::Rotated, Some(promoted_at), Some(promoted_at)),
+            (Ending::Rotated, None, Some(over_at)),
+            (Ending::Superseded, None, None),
+            (Ending::Aborted, None, None),
+        ] {
+            let mut rotation = Rotation { refused: 2, ..running() };
+            let run = rotation.run.as_mut().unwrap();
+            (run.promoted_at, run.attempt) = (promoted, 3);
+            rotation.ended(ending, over_at);
+            assert_eq!((&rotation.run, rotation.refused), (&None, 0));
+            assert_eq!(rotation.rotated_at, expected, "{ending:?}");
+            let [ended] = &rotation.history[..] else { panic!("{:?}", rotation.history) };
+            assert_eq!((ended.ending, ended.ended_at, ended.failures), (ending, over_at, 3));
+            rotation.ended(ending, over_at);
+            assert_eq!(rotation.history.len(), 1, "there was no other run");
+        }
+    }
+
+    #[test]
+    fn r13_which_target_it_is_is_learnt_from_a_rotation_of_this_definition() {
+        let ended = |ending: Ending, length: usize| {
+            let mut rotation = Rotation { fingerprint: Some("before".to_owned()), ..running() };
+            rotation.definition = definition(length);
+            rotation.run.as_mut().unwrap().fingerprint = Some("found".to_owned());
+            rotation.ended(ending, at("2026-01-02T00:00:00Z"));
+            rotation.fingerprint.unwrap()
+        };
+        assert_eq!(ended(Ending::Rotated, 32), "found");
+        assert_eq!(ended(Ending::Superseded, 32), "before");
+        assert_eq!(ended(Ending::Rotated, 40), "before", "it was set anew meanwhile");
+    }
+
+    #[test]
+    fn of_many_runs_the_last_are_remembered() {
+        let mut rotation = running();
+        for n in 0..u32::try_from(HISTORY).unwrap() + 3 {
+            let run = Run::new(definition(32), "schedule".to_owned(), at("2026-01-01T00:00:00Z"));
+            rotation.run = Some(Run { attempt: n, ..run });
+            rotation.ended(Ending::Rotated, at("2026-01-02T00:00:00Z"));
+        }
+        assert_eq!(rotation.history.len(), HISTORY);
+        let failures: Vec<u32> = rotation.history.iter().map(|ended| ended.failures).collect();
+        assert_eq!((failures.first(), failures.is_sorted()), (Some(&3), true), "newest last");
+    }
+}

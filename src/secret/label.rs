@@ -303,11 +303,12 @@ impl Labels {
             return Err(LabelError::Moved { label: Label::Pending, found, expected });
         }
         let change = LabelMove { label: Label::Current, from: Some(from.clone()), to: Some(to.clone()) };
-        let mut next = self.apply(&change)?;
+        // The claim goes first: its place may be the one that AWSCURRENT needs.
+        let mut next = self.clone();
         if pending == Some(to) {
             next.0.remove(&Label::Pending);
         }
-        Ok(next)
+        next.apply(&change)
     }
 
     fn promote(&mut self, version: &VersionId) {

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
 
+use claviger::rotation::Trouble;
 use claviger::rotation::definition::Definition;
 use claviger::rotation::rotators::ENTRIES;
 use rustix::process::{Signal, getuid};
@@ -319,6 +320,67 @@ fn every_definition_of_a_rotation_is_taken() {
     let mut known: Vec<_> = ENTRIES.iter().map(|entry| entry.kind).collect();
     known.sort_unstable();
     assert_eq!(kinds, known);
+}
+
+#[test]
+fn every_key_of_a_rotation_is_in_an_example() {
+    const KEYS_OF: [&str; 5] = [
+        "definition",
+        "rotators/postgresql/settings",
+        "rotators/password",
+        "rotators/random",
+        "rotators/jwt_secret",
+    ];
+    let examples =
+        ["database", "api-key", "jwt"].map(|name| read(&format!("deploy/rotations/{name}.toml"))).join("\n");
+    let keys: Vec<_> =
+        KEYS_OF.iter().flat_map(|file| listed(&format!("src/rotation/{file}.rs"), "KEYS")).collect();
+    assert!(keys.len() > 25, "{keys:?}");
+    let missing: Vec<_> = keys.iter().filter(|key| !shows(&examples, key)).collect();
+    assert!(missing.is_empty(), "{missing:?} of a rotation are in no example");
+}
+
+/// The texts of a constant list, as its source has them.
+fn listed(file: &str, constant: &str) -> Vec<String> {
+    let source = read(file);
+    let (_, declared) = source.split_once(&format!("const {constant}: ")).expect(file);
+    let (list, _) = declared.split_once(" = ").and_then(|(_, list)| list.split_once("];")).expect(file);
+    list.split('"').skip(1).step_by(2).map(str::to_owned).collect()
+}
+
+/// What is behind a `#` in an example is taken, too, where somebody removes that.
+#[test]
+fn every_key_that_an_example_leaves_out_is_taken() {
+    let text = read("deploy/rotations/database.toml");
+    let names: Vec<String> = ["src/rotation/definition.rs", "src/rotation/rotators/postgresql/settings.rs"]
+        .iter()
+        .flat_map(|file| listed(file, "KEYS"))
+        .collect();
+    let is_key = |line: &str| {
+        let name = line.strip_prefix("# ").and_then(|line| line.split_once(" = ")).map(|(name, _)| name);
+        name.is_some_and(|name| names.iter().any(|known| known == name))
+    };
+    let hidden: Vec<_> = text.lines().filter(|line| is_key(line)).collect();
+    assert!(hidden.len() >= 7, "{hidden:?}");
+    let shown = hidden.iter().fold(text.clone(), |text, line| text.replace(line, &line[2..]));
+    let definition = Definition::parse(&shown).unwrap_or_else(|error| panic!("{error} in\n{shown}"));
+    assert!(definition.repair && definition.group.is_some() && definition.retire_after.is_some());
+}
+
+/// The codes, and what a person should do, are those that the program tells.
+#[test]
+fn every_trouble_of_a_rotation_is_in_the_readme() {
+    let readme = read("README.md");
+    let (_, section) = readme.split_once("\n## Rotation\n").unwrap();
+    let (section, _) = section.split_once("\n## ").unwrap();
+    let plain = |text: &str| text.replace('`', "");
+    for trouble in Trouble::ALL {
+        let (code, mend) = (trouble.code(), trouble.mend());
+        assert!(section.contains(&format!("`{code}`")), "{code} is not in README.md");
+        let row = section.lines().find(|line| line.starts_with(&format!("| `{code}` |"))).map(plain);
+        let expected = trouble.needs_a_person().then(|| plain(&format!("| {code} | {mend} |")));
+        assert_eq!(row, expected, "{code}");
+    }
 }
 
 /// Runs `tests/deploy/check.py` on a repository.

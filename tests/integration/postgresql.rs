@@ -7,20 +7,30 @@ use std::time::Duration;
 use claviger::rotation::Trouble;
 use claviger::rotation::machine::Probe;
 use claviger::rotation::rotators::{ENTRIES, Rotator, SetOutcome, TestOutcome, Work};
-use claviger::secret::SecretValue;
+use claviger::secret::{SecretId, SecretValue};
 use jiff::Timestamp;
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use rustix::process::Signal;
+use rustls::ServerConfig;
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use serde_json::{Value, json};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
+use tokio_rustls::{TlsAcceptor, TlsConnector};
 
-use crate::support::certificates::{Authority, Days};
+use crate::support::certificates::{self, Authority, Days, Issued};
 use crate::support::postgresql::{Options, Postgres, poll};
 
 const HUNG: Duration = Duration::from_secs(60);
 /// In everything that is said to an admin's session, only a change of roles has it.
 const CHANGE: &[u8] = b"DO LANGUAGE plpgsql";
+
+/// What a fence of the secret `prod:database` looks like.
+fn fence(number: u64) -> String {
+    format!("[claviger fence {number} of d4e9d6ed4830b775]")
+}
 
 /// A server on which all is as it should be: the owner, what it owns, the admin and the first of the two users.
 fn prepare(server: &Postgres) {
@@ -65,12 +75,17 @@ fn rotator(hosts: &[String], change: &Value) -> Arc<dyn Rotator> {
     (entry.build)(settings.as_object().unwrap()).unwrap()
 }
 
+fn secret(name: &str) -> SecretId {
+    SecretId::parse("prod", name).unwrap()
+}
+
 fn login(username: &str, password: &str) -> SecretValue {
     SecretValue::text(json!({"username": username, "password": password}).to_string()).unwrap()
 }
 
 /// A rotator with what a run gives it.
 struct Run {
+    id: SecretId,
     rotator: Arc<dyn Rotator>,
     current: SecretValue,
     pending: SecretValue,
@@ -85,7 +100,7 @@ impl Run {
         let current = login("shop_a", "first-password");
         let pending = rotator.create(&current, Timestamp::UNIX_EPOCH, 0).unwrap();
         let admin = login("claviger_admin", "admin-password");
-        Self { rotator, current, pending, admin, fence: 1, fingerprint: None }
+        Self { id: secret("database"), rotator, current, pending, admin, fence: 1, fingerprint: None }
     }
 
     fn on(server: &Postgres) -> Self {
@@ -95,6 +110,7 @@ impl Run {
     /// The same run by another owner, with another value.
     fn with(&self, fence: u64, pending: SecretValue) -> Self {
         Self {
+            id: self.id.clone(),
             rotator: Arc::clone(&self.rotator),
             current: self.current.clone(),
             pending,
@@ -106,6 +122,7 @@ impl Run {
 
     fn work(&self) -> Work<'_> {
         Work {
+            id: &self.id,
             current: &self.current,
             pending: &self.pending,
             admin: Some(&self.admin),
@@ -202,8 +219,8 @@ async fn the_users_take_turns_and_the_current_one_always_works() {
         assert_eq!(run.probe_pending().await, Probe::Accepted);
         run.finish();
     }
-    assert_eq!(remark(&server, "shop_a"), "the shop [claviger fence 5]");
-    assert_eq!(remark(&server, "shop_b"), "[claviger fence 5]");
+    assert_eq!(remark(&server, "shop_a"), format!("the shop {}", fence(5)));
+    assert_eq!(remark(&server, "shop_b"), fence(5));
     let log = server.log();
     assert!(log.contains("SCRAM-SHA-256$4096:"), "statements are logged");
     assert!(!log.contains("authentication failed"), "no failing login on the way:\n{log}");
@@ -230,7 +247,9 @@ async fn names_of_any_kind_are_quoted() {
     let current = login(a, "first-password");
     let pending = rotator.create(&current, Timestamp::UNIX_EPOCH, 0).unwrap();
     let admin = login("claviger_admin", "admin-password");
-    let mut run = Run { rotator, current, pending, admin, fence: u64::MAX - 2, fingerprint: None };
+    let fence_before = u64::MAX - 2;
+    let id = secret("database");
+    let mut run = Run { id, rotator, current, pending, admin, fence: fence_before, fingerprint: None };
     for _ in 0..2 {
         assert_eq!(run.set().await, Ok(SetOutcome::Done));
         assert_eq!(run.set().await, Ok(SetOutcome::Done));
@@ -240,11 +259,8 @@ async fn names_of_any_kind_are_quoted() {
     let remarks = server.sql(
         "SELECT shobj_description(oid, 'pg_authid') FROM pg_roles WHERE rolname LIKE 'we%' ORDER BY rolname",
     );
-    let fence = u64::MAX - 1;
-    assert_eq!(
-        remarks,
-        format!("it's \\ % [claviger fence] [claviger fence {fence}]\n[claviger fence {fence}]")
-    );
+    let fence = fence(u64::MAX - 1);
+    assert_eq!(remarks, format!("it's \\ % [claviger fence] {fence}\n{fence}"));
 }
 
 /// Sits between the rotator and a server, hears what is said to it, and cuts.
@@ -673,6 +689,224 @@ async fn r23_a_wrong_certificate_is_no_answer_and_nothing_is_said_in_the_clear()
     assert!(without.heard().chunks(8).all(|request| request == [0, 0, 0, 8, 4, 210, 22, 47]));
 }
 
+/// What can log in nobody, but is a verifier, of which the server says how many iterations it has.
+fn verifier(iterations: u32) -> String {
+    let key = format!("{}=", "A".repeat(43));
+    format!("SCRAM-SHA-256${iterations}:AAAAAAAAAAAAAAAAAAAAAA==${key}:{key}")
+}
+
+#[tokio::test]
+async fn r22_no_proof_is_sent_for_a_hash_that_is_too_cheap() {
+    let server = prepared(&Options::default());
+    let run = Run::on(&server);
+    server.sql(&format!("ALTER ROLE shop_a PASSWORD '{}'", verifier(4_095)));
+    let probed = soon(run.rotator.probe(&run.work(), &run.current)).await;
+    assert_eq!(probed.probe, Probe::Unverifiable);
+    assert!(probed.why.contains("4095 iterations") && probed.why.contains("anew"), "{}", probed.why);
+    server.sql(&format!("ALTER ROLE shop_a PASSWORD '{}'", verifier(4_096)));
+    assert_eq!(run.probe_current().await, Probe::Rejected);
+    server.sql(&format!("ALTER ROLE claviger_admin PASSWORD '{}'", verifier(1)));
+    assert_eq!(run.set().await, Err(Trouble::Unverifiable));
+    assert_eq!(server.sql("SELECT count(*) FROM pg_roles WHERE rolname = 'shop_b'"), "0");
+}
+
+/// What a host does that has a right certificate for its name but is not the database's.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Rogue {
+    PassesOn,
+    /// It takes out the offer to bind the login to the certificate.
+    Strips,
+}
+
+/// Ends TLS with a certificate of its own, and passes on to the real server, over TLS, what it hears.
+async fn rogue(authority: &Authority, server: &Postgres, kind: Rogue) -> String {
+    let own = authority.server();
+    let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(own.certificate.as_bytes()).collect();
+    let key = PrivateKeyDer::from_pem_slice(own.key.as_bytes()).unwrap();
+    let config = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(chain.unwrap(), key)
+        .unwrap();
+    let acceptor = TlsAcceptor::from(Arc::new(config));
+    let mut trusting = (*certificates::client(authority, None)).clone();
+    trusting.alpn_protocols.clear();
+    let connector = TlsConnector::from(Arc::new(trusting));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (place, server) = (listener.local_addr().unwrap().to_string(), server.place());
+    tokio::spawn(async move {
+        while let Ok((mut client, _)) = listener.accept().await {
+            let (acceptor, connector, server) = (acceptor.clone(), connector.clone(), server.clone());
+            let passed_on = async move {
+                let mut request = [0; 8];
+                client.read_exact(&mut request).await?;
+                client.write_all(b"S").await?;
+                let client = acceptor.accept(client).await?;
+                let mut real = TcpStream::connect(server).await?;
+                real.write_all(&request).await?;
+                assert_eq!(real.read_u8().await?, b'S');
+                let real = connector.connect(ServerName::try_from("127.0.0.1").unwrap(), real).await?;
+                pass_on(client, real, kind).await
+            };
+            tokio::spawn(passed_on);
+        }
+    });
+    place
+}
+
+async fn pass_on(
+    mut client: impl AsyncRead + AsyncWrite + Unpin,
+    mut real: impl AsyncRead + AsyncWrite + Unpin,
+    kind: Rogue,
+) -> std::io::Result<()> {
+    // AuthenticationSASL with one mechanism.
+    const STRIPPED: &[u8] = b"R\0\0\0\x17\0\0\0\x0aSCRAM-SHA-256\0\0";
+    let mut buffer = vec![0; 65_536];
+    let count = client.read(&mut buffer).await?;
+    real.write_all(&buffer[..count]).await?;
+    real.flush().await?;
+    let count = real.read(&mut buffer).await?;
+    assert!(has(&buffer[..count], b"SCRAM-SHA-256-PLUS\0"), "the real server offers to bind the login");
+    let offer = if kind == Rogue::Strips { STRIPPED } else { &buffer[..count] };
+    client.write_all(offer).await?;
+    client.flush().await?;
+    tokio::io::copy_bidirectional(&mut client, &mut real).await.map(drop)
+}
+
+#[tokio::test]
+async fn r23_a_login_can_not_be_passed_on_to_the_real_server() {
+    let folder = tempfile::tempdir().unwrap();
+    let (authority, ca_file) = (Authority::new("the authority"), folder.path().join("ca.pem"));
+    std::fs::write(&ca_file, authority.pem()).unwrap();
+    let certificate = authority.server();
+    let server = prepared(&Options { certificate: Some(&certificate), ..Options::default() });
+    let tls = json!({"tls": "verify-full", "ca_file": ca_file});
+    for (kind, said) in
+        [(Rogue::PassesOn, "channel binding check failed"), (Rogue::Strips, "binding negotiation error")]
+    {
+        let run = Run::of(rotator(&[rogue(&authority, &server, kind).await], &tls));
+        assert_eq!(run.set().await, Err(Trouble::Unverifiable));
+        assert_eq!(run.probe_current().await, Probe::Unverifiable);
+        assert!(server.log().contains(said), "{said}");
+    }
+    assert_eq!(remark(&server, "shop_a"), "the shop");
+    let direct = Run::of(rotator(&[server.place()], &tls));
+    assert_eq!(direct.set().await, Ok(SetOutcome::Done));
+    assert_eq!(direct.test().await, Ok(TestOutcome::Passed));
+}
+
+/// A certificate for this machine, signed with such a key, and its authority's.
+fn signed_with(kind: &'static rcgen::SignatureAlgorithm) -> (Issued, String) {
+    let mut root = CertificateParams::default();
+    root.distinguished_name.push(rcgen::DnType::CommonName, "an authority");
+    root.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let issuer = CertifiedIssuer::self_signed(root, KeyPair::generate_for(kind).unwrap()).unwrap();
+    let key = KeyPair::generate().unwrap();
+    let leaf =
+        CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap().signed_by(&key, &*issuer).unwrap();
+    (Issued { certificate: leaf.pem(), key: key.serialize_pem() }, issuer.pem())
+}
+
+#[tokio::test]
+async fn r23_a_login_is_bound_to_certificates_of_each_kind_or_not_made() {
+    for (kind, expected) in [
+        (&rcgen::PKCS_ECDSA_P384_SHA384, Probe::Accepted),
+        // No hash is defined for it, and the server would take neither "y" nor, safely, "n".
+        (&rcgen::PKCS_ED25519, Probe::Unverifiable),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let (certificate, authority) = signed_with(kind);
+        let ca_file = folder.path().join("ca.pem");
+        std::fs::write(&ca_file, authority).unwrap();
+        let server = prepared(&Options { certificate: Some(&certificate), ..Options::default() });
+        let run = Run::of(rotator(&[server.place()], &json!({"tls": "verify-full", "ca_file": ca_file})));
+        assert_eq!(run.probe_current().await, expected);
+        assert_eq!(run.set().await.is_ok(), expected == Probe::Accepted);
+    }
+}
+
+#[tokio::test]
+async fn where_two_hosts_take_writes_nothing_is_changed() {
+    let server = prepared(&Options::default());
+    let standby = server.standby();
+    let hosts = [server.place(), standby.place()];
+    let run = Run::of(rotator(&hosts, &json!({})));
+    standby.sql("SELECT pg_promote()");
+    standby.wait_for("SELECT NOT pg_is_in_recovery()");
+    let failure = soon(run.rotator.set(&run.work())).await.unwrap_err();
+    assert_eq!(failure.trouble, Trouble::TargetUnavailable);
+    assert!(hosts.iter().all(|host| failure.message.contains(host)), "{failure}");
+    assert_eq!(run.probe_current().await, Probe::Unknown);
+    for each in [&server, &standby] {
+        assert_eq!(each.sql("SELECT count(*) FROM pg_roles WHERE rolname = 'shop_b'"), "0");
+        assert_eq!(remark(each, "shop_a"), "the shop");
+    }
+    drop(standby);
+    assert_eq!(run.set().await, Ok(SetOutcome::Done));
+    // One server by two names is one.
+    let other_name = server.place().replace("127.0.0.1", "localhost");
+    let twice = Run::of(rotator(&[server.place(), other_name], &json!({})));
+    assert_eq!(twice.with(2, run.pending.clone()).set().await, Ok(SetOutcome::Done));
+}
+
+#[tokio::test]
+async fn a_host_that_says_nothing_does_not_hold_the_others_up() {
+    let server = prepared(&Options::default());
+    let between = Between::new("127.0.0.1", &server).await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let silent = listener.local_addr().unwrap().to_string();
+    let heard = Arc::clone(&between.heard);
+    // When the client gives up on it, the other one has been asked long since.
+    let given_up = tokio::spawn(async move {
+        let (mut client, _) = listener.accept().await.unwrap();
+        let mut said = Vec::new();
+        let _ = client.read_to_end(&mut said).await;
+        has(&heard.lock().unwrap(), b"pg_is_in_recovery")
+    });
+    let run = Run::of(rotator(&[silent, between.place.clone()], &json!({})));
+    assert_eq!(run.set().await, Ok(SetOutcome::Done));
+    assert!(soon(given_up).await.unwrap(), "one after the other");
+}
+
+#[tokio::test]
+async fn r4_a_user_is_rotated_for_one_secret_alone() {
+    let server = prepared(&Options::default());
+    let run = Run::on(&server);
+    // The mark of an earlier version has no owner.
+    server.sql("COMMENT ON ROLE shop_a IS 'the shop [claviger fence 1]'");
+    assert_eq!(run.set().await, Ok(SetOutcome::Done));
+    assert_eq!(remark(&server, "shop_a"), format!("the shop {}", fence(1)));
+    let other = Run { id: secret("another"), ..run.with(9, login("shop_b", "of-another-secret")) };
+    assert_eq!(other.set().await, Err(Trouble::Fenced));
+    assert_eq!(other.bar().await, Err(Trouble::Fenced));
+    assert_eq!(other.retire().await, Err(Trouble::Fenced));
+    let failure = soon(other.rotator.set(&other.work())).await.unwrap_err();
+    for part in ["\"shop_a\"", "d4e9d6ed4830b775", "COMMENT ON ROLE \"shop_b\" IS NULL"] {
+        assert!(failure.message.contains(part), "{failure}");
+    }
+    assert_eq!(remark(&server, "shop_b"), fence(1));
+    assert_eq!(run.probe_pending().await, Probe::Accepted);
+    server.sql("COMMENT ON ROLE shop_a IS NULL; COMMENT ON ROLE shop_b IS NULL");
+    assert_eq!(other.set().await, Ok(SetOutcome::Done));
+    assert_eq!(run.set().await, Err(Trouble::Fenced));
+}
+
+#[tokio::test]
+async fn what_a_server_says_is_shown_without_what_turns_a_line() {
+    let server = prepared(&Options::default());
+    let foul = "sh\u{202e}op\u{2066}";
+    server.sql(&format!(
+        "CREATE DATABASE \"{foul}\"; REVOKE CONNECT ON DATABASE \"{foul}\" FROM PUBLIC;
+         GRANT CONNECT ON DATABASE \"{foul}\" TO claviger_admin"
+    ));
+    let run = Run::of(rotator(&[server.place()], &json!({"database": foul})));
+    let probed = soon(run.rotator.probe(&run.work(), &run.current)).await;
+    assert_eq!(probed.probe, Probe::Accepted);
+    assert!(probed.why.contains("permission denied"), "{}", probed.why);
+    assert!(!probed.why.contains(['\u{202e}', '\u{2066}']), "{:?}", probed.why);
+}
+
 #[tokio::test]
 async fn r4_a_lower_fence_is_refused_whenever_it_comes() {
     let server = prepared(&Options::default());
@@ -689,7 +923,7 @@ async fn r4_a_lower_fence_is_refused_whenever_it_comes() {
     server.sql("DROP ROLE shop_b");
     assert_eq!(run.with(8, run.pending.clone()).set().await, Err(Trouble::Fenced));
     assert_eq!(server.sql("SELECT count(*) FROM pg_roles WHERE rolname = 'shop_b'"), "0");
-    assert_eq!(remark(&server, "shop_a"), "the shop [claviger fence 9]");
+    assert_eq!(remark(&server, "shop_a"), format!("the shop {}", fence(9)));
 }
 
 #[tokio::test]

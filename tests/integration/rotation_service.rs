@@ -854,7 +854,7 @@ impl InAws {
         let folder = tempfile::tempdir().unwrap();
         // The names are this test's alone, in a server that others use too.
         let tables = format!(
-            "[rotation]\nscheduler = false\n[environments.staging]\nstore = \"aws\"\n\
+            "[rotation]\nscheduler = false\nretry_from = \"100ms\"\n[environments.staging]\nstore = \"aws\"\n\
              [environments.staging.aws]\nregion = \"{REGION}\"\nendpoint = \"{}\"\n\
              name_template = \"{}/{{environment}}/{{name}}\"\n",
             proxy.endpoint(),
@@ -875,12 +875,11 @@ impl InAws {
         Self { proxy, program, _folder: folder }
     }
 
-    /// One activation, which ends with this exit code.
-    fn rotate(&self, code: i32) -> serde_json::Value {
+    /// One activation: the exit code, and how it came out.
+    fn rotate(&self) -> (Option<i32>, serde_json::Value) {
         let arguments = ["rotate", Self::NAME, "--no-wait", "-e", "staging", "--output", "json"];
         let output = self.program.run(arguments);
-        assert_eq!(output.status.code(), Some(code), "{}", String::from_utf8_lossy(&output.stderr));
-        serde_json::from_slice(&output.stdout).expect("a document")
+        (output.status.code(), serde_json::from_slice(&output.stdout).expect("a document"))
     }
 
     fn json(&self, command: &[&str]) -> serde_json::Value {
@@ -894,22 +893,27 @@ impl InAws {
 
     /// While `fault` is done to every write of a version, the run stays where it is, with this result and trouble, and
     /// nothing changes; then it comes to its end with the version that it claimed.
-    fn stays_and_goes_on(&self, fault: Mode, code: i32, expected: [&str; 2]) {
+    async fn stays_and_goes_on(&self, fault: Mode, expected: (i32, [&str; 2])) {
         let before = self.json(&["versions"])["versions"].clone();
         assert_eq!(before.as_array().unwrap().len(), 1, "{before}");
         self.proxy.forget();
         self.proxy.set_for("PutSecretValue", fault);
-        let stays = self.rotate(code);
+        let (code, stays) = self.rotate();
         assert!(self.proxy.calls("PutSecretValue") > 0, "{stays}");
         let told = [&stays["result"], &stays["trouble"]["code"]].map(|told| told.as_str().unwrap());
-        assert_eq!(told, expected, "{stays}");
+        assert_eq!((code, told), (Some(expected.0), expected.1), "{stays}");
         assert!(stays["retry_at"].is_string() && stays["version_id"].is_string(), "{stays}");
         assert_eq!(self.json(&["versions"])["versions"], before);
         assert_eq!(self.value(), "first");
 
         self.proxy.set(Mode::Pass);
-        let rotated = self.rotate(0);
-        assert_eq!((&rotated["result"], &rotated["version_id"]), (&"rotated".into(), &stays["version_id"]));
+        let mut rotated = serde_json::Value::Null;
+        until("the run is taken up again", async || {
+            rotated = self.rotate().1;
+            rotated["result"] == "rotated"
+        })
+        .await;
+        assert_eq!(rotated["version_id"], stays["version_id"]);
         assert_eq!(self.json(&["versions"])["versions"].as_array().unwrap().len(), 2, "one value was made");
         assert_eq!(self.value().len(), 32);
     }
@@ -918,7 +922,7 @@ impl InAws {
 #[tokio::test(flavor = "multi_thread")]
 async fn r9_a_write_that_is_throttled_is_made_later() {
     let aws = InAws::start().await;
-    aws.stays_and_goes_on(Mode::Throttle, 5, ["unfinished", "store_unavailable"]);
+    aws.stays_and_goes_on(Mode::Throttle, (5, ["unfinished", "store_unavailable"])).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -926,7 +930,7 @@ async fn r9_a_quota_that_is_reached_waits_for_a_person() {
     let aws = InAws::start().await;
     let refusal = serde_json::json!({"__type": "LimitExceededException", "Message": "too many versions"});
     let fault = Mode::Answer(400, refusal.to_string());
-    aws.stays_and_goes_on(fault, 1, ["blocked", "store_refused"]);
+    aws.stays_and_goes_on(fault, (1, ["blocked", "store_refused"])).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

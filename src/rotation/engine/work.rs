@@ -290,7 +290,7 @@ impl<'a> Work<'a> {
         self.load_admin().await?;
         let Probed { probe, why } = self.login(step, &value).await?;
         match probe {
-            Probe::Unknown => Err(Failure::new(Trouble::TargetUnavailable, why)),
+            Probe::Unknown => Err(self.unknown(why).await),
             Probe::Accepted => Ok(Event::Probed(probe)),
             Probe::Rejected | Probe::Unverifiable => {
                 // Where this leads to a person, this is why.
@@ -466,7 +466,7 @@ impl<'a> Work<'a> {
         match self.login("rotate.probe_current", &fetched.value).await? {
             Probed { probe: Probe::Accepted, .. } => return Ok(()),
             Probed { probe: Probe::Rejected, .. } => {}
-            Probed { why, .. } => return Err(Failure::new(Trouble::TargetUnavailable, why)),
+            Probed { why, .. } => return Err(self.unknown(why).await),
         }
         self.give_back("rotate.restore", &base, &fetched.value).await
     }
@@ -487,6 +487,17 @@ impl<'a> Work<'a> {
             }
             Err(failure) => Err(self.failed(step, failure).await),
         }
+    }
+
+    /// Why there is no telling. That another target answers than before passes by no waiting.
+    async fn unknown(&self, why: String) -> Failure {
+        if let Ok(work) = self.work()
+            && let Err(failure) = self.rotator.identify(&work).await
+            && failure.trouble == Trouble::WrongTarget
+        {
+            return failure;
+        }
+        Failure::new(Trouble::TargetUnavailable, why)
     }
 
     /// One login, on record before and after.
@@ -523,7 +534,7 @@ impl<'a> Work<'a> {
             Probed { probe: Probe::Rejected, why } => {
                 return Err(Failure::new(Trouble::CurrentRejected, why));
             }
-            Probed { why, .. } => return Err(Failure::new(Trouble::TargetUnavailable, why)),
+            Probed { why, .. } => return Err(self.unknown(why).await),
         }
         self.begins("rotate.retire").await?;
         match self.rotator.retire(&self.work()?).await {
@@ -551,7 +562,7 @@ impl<'a> Work<'a> {
         match self.login("rotate.probe_current", &current).await? {
             Probed { probe: Probe::Accepted, .. } => return Ok(Event::Retired),
             Probed { probe: Probe::Rejected, .. } => {}
-            Probed { why, .. } => return Err(Failure::new(Trouble::TargetUnavailable, why)),
+            Probed { why, .. } => return Err(self.unknown(why).await),
         }
         self.restore_previous().await?;
         Ok(Event::Retired)

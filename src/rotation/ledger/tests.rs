@@ -219,7 +219,7 @@ async fn what_an_instance_was_at_when_it_died_is_due_at_its_next_start() {
     assert!(other.due(now, None, 100).await.unwrap().is_empty());
     let after = bench.ledger("a");
     assert_eq!(after.reclaim().await.unwrap(), 3, "whose leases are there");
-    assert_eq!(after.due(now, None, 100).await.unwrap(), [cut_off.clone()]);
+    assert_eq!(after.due(now, None, 100).await.unwrap(), std::slice::from_ref(&cut_off));
     for (id, expected) in [
         (&cut_off, now),
         (&failed, tried_again_at),
@@ -519,6 +519,20 @@ async fn r32_the_members_of_a_group_begin_a_gap_apart() {
     assert_eq!(by, first.name);
     bench.clock.set_wall(at("2025-01-01T00:00:00Z"));
     assert_eq!(b.claim_group(&second, "pair", gap).await.unwrap(), None, "the future says nothing");
+}
+
+#[tokio::test]
+async fn r32_of_two_members_the_longer_gap_counts() {
+    let (short, long) = (Duration::from_secs(60), Duration::from_secs(600));
+    for (first, second) in [(short, long), (long, short)] {
+        let bench = Bench::new().await;
+        let (ledger, one, two) = (bench.ledger("a"), secret("one"), secret("two"));
+        assert_eq!(ledger.claim_group(&one, "pair", first).await.unwrap(), None);
+        let free_at = bench.clock.now().saturating_add(long).unwrap();
+        assert_eq!(ledger.claim_group(&two, "pair", second).await.unwrap(), Some(free_at));
+        bench.clock.advance(long);
+        assert_eq!(ledger.claim_group(&two, "pair", second).await.unwrap(), None);
+    }
 }
 
 #[tokio::test]

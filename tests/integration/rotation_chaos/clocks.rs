@@ -100,7 +100,6 @@ async fn r31_a_clock_set_by_a_year_either_way_rotates_nothing_and_stops_nobody()
 #[tokio::test(flavor = "multi_thread")]
 async fn r31_a_clock_set_by_a_year_in_the_middle_of_a_run_does_not_strand_it() {
     /// Who sees to it that the run is taken up again.
-    #[derive(Clone, Copy, PartialEq)]
     enum By {
         Nobody,
         Person,
@@ -121,10 +120,8 @@ async fn r31_a_clock_set_by_a_year_in_the_middle_of_a_run_does_not_strand_it() {
         let attempt = stage.status().await.run.expect("it rests").attempt;
         if off_by.starts_with('+') {
             // Then it is told to wait by the wrong clock.
-            until("it is tried again", async || {
-                (stage.status().await.run?.attempt > attempt).then_some(())
-            })
-            .await;
+            until("it is tried again", async || (stage.status().await.run?.attempt > attempt).then_some(()))
+                .await;
         } else {
             a_few_looks().await;
         }

@@ -71,6 +71,24 @@ impl Pair {
         pair
     }
 
+    /// Makes the same roles, with the same passwords, in another cluster, and a database of the same name.
+    pub(super) fn double(&self, from: &Postgres, to: &Postgres) {
+        let Self { database, owner, admin, users: [first, second], .. } = self;
+        let [of_first, of_second, of_admin] =
+            [first, second, &admin.username].map(|user| self.verifier(from, user));
+        to.sql(&format!(
+            "CREATE ROLE {owner} NOLOGIN;
+             CREATE ROLE {first} LOGIN PASSWORD '{of_first}' IN ROLE {owner};
+             ALTER ROLE {first} SET role TO {owner};
+             CREATE ROLE {second} LOGIN PASSWORD '{of_second}' IN ROLE {owner};
+             ALTER ROLE {second} SET role TO {owner};
+             CREATE ROLE {admin} LOGIN CREATEROLE PASSWORD '{of_admin}';
+             GRANT {owner}, {first}, {second} TO {admin} WITH ADMIN OPTION;
+             CREATE DATABASE {database} OWNER {owner};",
+            admin = admin.username,
+        ));
+    }
+
     /// Whether this login gets in, and may do what the owner may.
     pub(super) fn lets_in(&self, login: &Login) -> Result<(), String> {
         psql(self.port, &self.database, login, "COMMENT ON SCHEMA shop IS 'proof'").map(drop)

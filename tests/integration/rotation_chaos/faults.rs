@@ -9,11 +9,12 @@ use std::time::Duration;
 
 use claviger::proto::v1;
 use rustix::process::Signal;
+use tonic_types::StatusExt as _;
 
 use super::database::{failed_logins, port};
 use super::oracle::Oracle;
-use super::proxy::{Fault, Proxy};
-use super::stage::{Plan, Stage};
+use super::proxy::{Answer, Fault, Proxy};
+use super::stage::{ENVIRONMENT, NAME, Plan, Stage};
 use super::until;
 use crate::support::moto::{FaultProxy, Mode, Moto};
 use crate::support::postgresql::Postgres;
@@ -40,14 +41,16 @@ async fn r4_stopped_for_longer_than_its_lease_the_broker_goes_on_without_harm() 
 async fn r7_a_full_disk_stops_a_rotation_where_it_can_go_on() {
     let server = Postgres::start();
     let folder = tempfile::tempdir().unwrap();
-    let disk = SmallDisk::mount(&folder.path().join("data"));
+    let disk = SmallDisk::mount(&folder.path().join("data"), "16m");
     let plan = Plan { below: Some(folder.path().to_owned()), ..Plan::to_be_killed() };
     let stage = Stage::raise(&server, plan).await;
     let oracle = Oracle::watch(&stage);
     // Full before it begins: nothing is answered, and the target is not touched without a value that is kept.
-    let ballast = disk.fill();
     stage.old_enough().await;
+    let before = stage.pair.verifiers(&server);
+    let ballast = disk.fill();
     stage.ask().await.await.expect("it only asks");
+    assert_eq!(stage.pair.verifiers(&server), before, "the target is left alone");
     std::fs::remove_file(ballast).unwrap();
     answers_again(&stage).await;
     stage.settle().await;
@@ -71,8 +74,8 @@ async fn r7_a_full_disk_stops_a_rotation_where_it_can_go_on() {
 async fn answers_again(stage: &Stage) {
     until("the broker answers again", async || {
         let request = v1::GetRotationRequest {
-            environment: super::stage::ENVIRONMENT.to_owned(),
-            name: super::stage::NAME.to_owned(),
+            environment: ENVIRONMENT.to_owned(),
+            name: NAME.to_owned(),
             ..Default::default()
         };
         stage.rotations().await.get_rotation(request).await.ok()
@@ -80,13 +83,91 @@ async fn answers_again(stage: &Stage) {
     .await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn r7_a_run_that_has_begun_comes_to_its_end_though_the_audit_log_is_full() {
+    const LAST: &str = "rotate.withdraw";
+    let server = Postgres::start();
+    let mut proxy = Proxy::before(port(&server)).await;
+    let folder = tempfile::tempdir().unwrap();
+    // Nothing else is on this disk, so that nothing but the log can fail.
+    let disk = SmallDisk::mount(&folder.path().join("data/audit"), "4m");
+    let plan = Plan { below: Some(folder.path().to_owned()), ..Plan::default() };
+    let stage = Stage::raise(&server, plan.through(proxy.port)).await;
+    let oracle = Oracle::watch(&stage);
+    let of_one_run = disk.records(LAST);
+    assert!(of_one_run > 0, "the last that a run puts on record");
+    proxy.next(Fault::Keep);
+    let mut steps = stage.begin(false).await;
+    let token = steps.reaches("set").await;
+    proxy.struck().await;
+    let ballast = disk.fill();
+    // What is set aside is for the run alone.
+    until("reads are refused", async || is_refused(&stage).await.then_some(())).await;
+    assert_eq!(proxy.release().await, Answer::Committed);
+    until("it comes to its end", async || (disk.records(LAST) == 2 * of_one_run).then_some(())).await;
+    steps.drain().await;
+    std::fs::remove_file(ballast).unwrap();
+    answers_again(&stage).await;
+    stage.assert_resumed(&token).await;
+    let rotation = stage.status().await;
+    assert_eq!(rotation.history[0].failures, 0, "at one go: {rotation:?}");
+    let verified = stage.program().ok(["audit", "verify"]);
+    assert!(verified.contains("whole") && !verified.contains("finding:"), "{verified}");
+    oracle.stop().assert_clean();
+}
+
+/// Whether a read is refused because it can't be put on record.
+async fn is_refused(stage: &Stage) -> bool {
+    let request = v1::GetSecretRequest {
+        environment: ENVIRONMENT.to_owned(),
+        name: NAME.to_owned(),
+        ..Default::default()
+    };
+    let answer = stage.secrets().await.get_secret(request).await;
+    answer.is_err_and(|status| {
+        let reason = status.get_details_error_info().map(|info| info.reason);
+        assert_eq!(reason.as_deref(), Some("AUDIT_UNAVAILABLE"), "{status:?}");
+        true
+    })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_policy_that_takes_the_engines_grants_away_stops_the_next_run_and_not_this_one() {
+    let server = Postgres::start();
+    let mut proxy = Proxy::before(port(&server)).await;
+    let stage = Stage::raise(&server, Plan::default().through(proxy.port)).await;
+    let oracle = Oracle::watch(&stage);
+    proxy.next(Fault::Keep);
+    let mut steps = stage.begin(false).await;
+    let token = steps.reaches("set").await;
+    proxy.struck().await;
+    let policy = stage.folder().join("policies/zz.cedar");
+    let forbids = r#"@id("zz") forbid (principal in Group::"rotation-engine", action, resource);"#;
+    std::fs::write(&policy, forbids).unwrap();
+    stage.program().ok(["policy", "reload"]);
+    assert_eq!(proxy.release().await, Answer::Committed);
+    let step = steps.end().await;
+    assert_eq!((step.result.as_str(), step.version_id.as_str()), ("rotated", token.as_str()), "{step:?}");
+    stage.assert_resumed(&token).await;
+    let before = stage.pair.verifiers(&server);
+    let step = stage.begin(false).await.end().await;
+    assert!(["blocked", "unfinished"].contains(&step.result.as_str()), "{step:?}");
+    assert_eq!(stage.pair.verifiers(&server), before, "the target is left alone");
+    std::fs::remove_file(policy).unwrap();
+    stage.program().ok(["policy", "reload"]);
+    stage.resume();
+    assert_eq!(stage.settle().await.history[0].ending, "rotated");
+    stage.assert_sound().await;
+    oracle.stop().assert_clean();
+}
+
 /// A small disk of its own; gone with the value.
 struct SmallDisk(PathBuf);
 
 impl SmallDisk {
-    fn mount(at: &Path) -> Self {
-        std::fs::DirBuilder::new().mode(0o700).create(at).unwrap();
-        let options = ["-t", "tmpfs", "-o", "size=16m,mode=0700", "tmpfs"];
+    fn mount(at: &Path, size: &str) -> Self {
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(at).unwrap();
+        let options = ["-t", "tmpfs", "-o", &format!("size={size},mode=0700"), "tmpfs"];
         let status = Command::new("mount").args(options).arg(at).status().unwrap();
         assert!(status.success(), "mounting a tmpfs takes root");
         Self(at.to_owned())
@@ -98,6 +179,18 @@ impl SmallDisk {
         let mut file = std::fs::File::create(&ballast).unwrap();
         while file.write_all(&[0; 4096]).is_ok() {}
         ballast
+    }
+
+    /// How many records of an operation there are in the log that is on it.
+    fn records(&self, operation: &str) -> usize {
+        let instances = std::fs::read_dir(&self.0).unwrap().flatten().map(|entry| entry.path());
+        let folders = instances.filter(|path| path.is_dir());
+        let files = folders.flat_map(|folder| std::fs::read_dir(folder).unwrap().flatten());
+        let segments = files.filter(|file| file.path().extension().is_some_and(|kind| kind == "jsonl"));
+        let wanted = format!("\"operation\":\"{operation}\"");
+        let count =
+            |path: PathBuf| String::from_utf8_lossy(&std::fs::read(path).unwrap()).matches(&wanted).count();
+        segments.map(|segment| count(segment.path())).sum()
     }
 }
 

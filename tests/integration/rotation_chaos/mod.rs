@@ -23,6 +23,7 @@ mod proxy;
 mod seed;
 mod stage;
 mod steady;
+mod targets;
 
 use std::time::Duration;
 

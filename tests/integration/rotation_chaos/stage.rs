@@ -220,9 +220,9 @@ impl Stage {
 
     /// Sets the rotation anew, with more keys in its definition.
     pub(super) async fn set_with(&self, more: &'static str) {
-        let Plan { port, schedule, endpoints, .. } = &self.plan;
-        let plan =
-            Plan { more, port: *port, schedule, endpoints: endpoints.clone(), ..Plan::default() };
+        let Plan { port, schedule, .. } = self.plan;
+        let endpoints = self.plan.endpoints.clone();
+        let plan = Plan { more, port, schedule, endpoints, ..Plan::default() };
         self.set(plan.definition(&self.pair)).await;
     }
 
@@ -287,12 +287,13 @@ impl Stage {
         tokio::time::sleep(self.gap + PAUSE).await;
     }
 
-    /// Asks for a rotation, and does not mind what becomes of it.
-    pub(super) async fn ask(&self) -> JoinHandle<()> {
+    /// Asks for a rotation, and does not mind what becomes of it. Gives whether that was cut off after it had begun.
+    pub(super) async fn ask(&self) -> JoinHandle<bool> {
         let mut client = self.rotations().await;
         tokio::spawn(async move {
-            if let Ok(steps) = client.rotate(rotate(false)).await {
-                Steps(steps.into_inner()).drain().await;
+            match client.rotate(rotate(false)).await {
+                Ok(steps) => Steps(steps.into_inner()).drain().await,
+                Err(_) => false,
             }
         })
     }
@@ -418,9 +419,13 @@ impl Steps {
         last.expect("it says how it ended")
     }
 
-    /// Reads until the broker is dead, or the run over.
-    pub(super) async fn drain(mut self) {
-        while let Ok(Some(_)) = self.0.message().await {}
+    /// Reads until the broker is dead, or the run over. Gives whether a phase had begun, and nothing was said of its end.
+    pub(super) async fn drain(mut self) -> bool {
+        let mut within = false;
+        while let Ok(Some(message)) = self.0.message().await {
+            within = message.step.is_some_and(|step| !step.phase.is_empty() && step.result.is_empty());
+        }
+        within
     }
 
     async fn next(&mut self) -> Option<v1::RotationStep> {

@@ -30,9 +30,18 @@
 //! ```
 //!
 //! The admin needs no superuser, and no right on a table. Up to PostgreSQL 15 `CREATEROLE` is all of it: creating the
-//! users, their passwords, their membership, their settings and their comments. `pg_control_system()` and
-//! `pg_stat_activity` are open to everyone unless somebody revoked that. `pg_hba.conf` must demand `scram-sha-256` (or
-//! `md5`, which asks for SCRAM where the verifier is one) of the admin and of both users.
+//! users, their passwords, their membership, their settings and their comments. `pg_control_system()`,
+//! `pg_postmaster_start_time()` and `pg_stat_activity` are open to everyone unless somebody revoked that. The admin must
+//! be let in to `database` at every one of `hosts`: at each is asked whether it takes writes, and where two do, nothing is
+//! changed.
+//!
+//! `pg_hba.conf` must demand `scram-sha-256` (or `md5`, which asks for SCRAM where the verifier is one) of the admin and
+//! of both users, best in lines of `hostssl` and not of `host`: a login is bound to the server's certificate, so that
+//! no other server can pass it on, but a server that also takes logins without TLS can't tell. Its certificate must be
+//! signed with RSA or ECDSA, and verifiers must have 4,096 iterations or more (the default).
+//!
+//! A pair of users belongs to one secret: what the fence in their comments says (`statements`). For another one to
+//! take them over, clear both comments.
 //!
 //! A host may be reached through a pooler only where that keeps a session on one server connection; for `endpoints` any
 //! will do. What the server's log shows of a change, with `log_statement` or where it fails, is the verifier, never the
@@ -51,14 +60,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use futures_util::future::try_join_all;
+use futures_util::future::{join_all, try_join_all};
 use jiff::Timestamp;
 use serde_json::{Map, Value};
 use tokio::time::timeout;
 
 use self::credential::{ADMIN, Credential, Pair};
 use self::primary::{Observed, Primary, belongs, door, observe};
-use self::session::{Door, NoAnswer, NoSession, Session};
+use self::session::{Door, NoAnswer, NoSession, Session, legible};
 use self::settings::{Place, Settings};
 use self::statements::{Fenced, identifier};
 use super::{Entry, Probed, Rotator, SetOutcome, TestOutcome, Work};
@@ -130,7 +139,7 @@ impl Rotator for Alternating {
             Ok(credential) => self.ask(work, &credential).await,
             Err(failure) => (Probe::Unknown, failure.message),
         };
-        Probed { probe, why }
+        Probed { probe, why: legible(&why) }
     }
 
     async fn set(&self, work: &Work<'_>) -> Result<SetOutcome, Failure> {
@@ -145,7 +154,7 @@ impl Rotator for Alternating {
         match answer {
             Ok(_) => Ok(SetOutcome::Done),
             Err(NoAnswer::Refused(error)) if error.code == statements::VALUE_REFUSED => {
-                Ok(SetOutcome::Refused(error.message))
+                Ok(SetOutcome::Refused(legible(&error.message)))
             }
             Err(answer) => Err(self.not_changed(answer, work.fence)),
         }
@@ -160,7 +169,7 @@ impl Rotator for Alternating {
         let mut primary = self.primary(work).await?;
         match Session::open(&primary.door(), &pair.pending).await {
             Ok(session) => self.acts_as_owner(session).await?,
-            Err(NoSession::Rejected(why)) => return Ok(TestOutcome::Rejected(why)),
+            Err(NoSession::Rejected(why)) => return Ok(TestOutcome::Rejected(legible(&why))),
             Err(failure) => return Err(not_tested(failure)),
         }
         grants::compare(&mut primary.session, &self.settings.users, &self.settings.owner).await?;
@@ -202,8 +211,8 @@ impl Alternating {
         Primary::find(&self.settings, &admin, work.fingerprint).await
     }
 
-    fn fenced(&self, work: &Work<'_>) -> Fenced<'_> {
-        Fenced { users: &self.settings.users, fence: work.fence }
+    fn fenced<'a>(&'a self, work: &Work<'a>) -> Fenced<'a> {
+        Fenced { secret: work.id, users: &self.settings.users, fence: work.fence }
     }
 
     /// A change behind the fence, of which only the success matters.
@@ -268,14 +277,21 @@ impl Alternating {
         credential: &Credential,
         failure: Failure,
     ) -> (Probe, String) {
+        let mut knocks = Vec::with_capacity(self.settings.hosts.len());
         for place in &self.settings.hosts {
-            let door = door(&self.settings, place, None);
-            match self.knock(&door, credential, work.fingerprint).await {
-                (Probe::Rejected | Probe::Unknown, _) => {}
-                definite => return definite,
-            }
+            knocks.push(self.knock_at(place, credential, work.fingerprint));
         }
-        (Probe::Unknown, failure.message)
+        let definite = |(probe, _): &(Probe, String)| !matches!(probe, Probe::Rejected | Probe::Unknown);
+        join_all(knocks).await.into_iter().find(definite).unwrap_or((Probe::Unknown, failure.message))
+    }
+
+    async fn knock_at(
+        &self,
+        place: &Place,
+        credential: &Credential,
+        fingerprint: Option<&str>,
+    ) -> (Probe, String) {
+        self.knock(&door(&self.settings, place, None), credential, fingerprint).await
     }
 
     /// One login at one place, which must be the primary of the right cluster.
@@ -385,6 +401,7 @@ impl Alternating {
                     Trouble::Fenced,
                     format!("{first} and {second} carry the fence {}, higher than {fence}", error.message),
                 ),
+                statements::OWNED => owned(&error.message, &first, &second),
                 // It passes by itself, when the last of them logs out.
                 statements::IN_USE => Failure::new(
                     Trouble::StillInUse,
@@ -405,6 +422,19 @@ impl Alternating {
             },
         }
     }
+}
+
+/// The failure of a change of a user that another secret's rotation holds. `said`: that secret's mark, and the user.
+fn owned(said: &str, first: &str, second: &str) -> Failure {
+    let (mark, user) = said.split_once(' ').unwrap_or((said, "one of the users"));
+    Failure::new(
+        Trouble::Fenced,
+        format!(
+            "the rotation of another secret, {mark}, holds the user {}; to take it over on purpose, remove that one and \
+             run COMMENT ON ROLE {first} IS NULL; COMMENT ON ROLE {second} IS NULL",
+            identifier(user)
+        ),
+    )
 }
 
 /// Why the admin did not come to do something.

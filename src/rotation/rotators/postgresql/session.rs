@@ -4,12 +4,25 @@
 //! TCP ─▶ SSLRequest ─▶ S: TLS ─▶ startup ─▶ SASL SCRAM-SHA-256 ─▶ proof ─▶ the server's own signature ─▶ ready
 //!                      N: end              else: unverifiable,             else: unverifiable
 //!                                          and nothing is sent
+//!
+//!                           the server offers …-PLUS        it does not
+//! over TLS                  bound to its certificate (p=)   "I could have bound it" (y)
+//! without (loopback alone)  not bound (n)                   not bound (n)
 //! ```
 //!
 //! A login proves that a password is right only where the server demanded SCRAM-SHA-256 and then showed, by the
 //! signature in its last message, that it knows the password's verifier (RFC 5802, section 3). Anything else (`trust`,
-//! `password`, `md5`, `peer`, GSSAPI) would let in, or be shown, what proves nothing. Neither a password nor anything
-//! that it could be read from is ever sent.
+//! `password`, `md5`, `peer`, GSSAPI) would let in, or be shown, what proves nothing. A password is never sent. From a
+//! proof it can be guessed, each guess at the price of the hash's iterations; so a server that asks for fewer than
+//! RFC 7677 does is sent none.
+//!
+//! The certificate shows that a server may call itself by its host's name, not that it is the database's. One that only
+//! passes on what it hears would be logged in at the real server in the admin's place. Over TLS a login is therefore
+//! bound to the certificate that was seen (`tls-server-end-point`, RFC 5929): the real server, which has another one,
+//! refuses; and where the offer was taken out on the way, it sees from the `y` that somebody did that. A certificate that
+//! can't be bound to (Ed25519) at a server that offers binding gets no login at all. What remains: a real server that
+//! also takes logins without TLS from elsewhere offers no binding there, so that a login can be passed on to it;
+//! `hostssl` in place of `host` in its `pg_hba.conf` ends that.
 //!
 //! What is written here was learnt from the PostgreSQL documentation, chapter "Frontend/Backend Protocol".
 
@@ -20,7 +33,9 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use fallible_iterator::FallibleIterator as _;
-use postgres_protocol::authentication::sasl::{ChannelBinding, SCRAM_SHA_256, ScramSha256};
+use postgres_protocol::authentication::sasl::{
+    ChannelBinding, SCRAM_SHA_256, SCRAM_SHA_256_PLUS, ScramSha256,
+};
 use postgres_protocol::message::backend::{
     AuthenticationSaslBody, DataRowBody, ErrorResponseBody, Header, Message,
 };
@@ -44,6 +59,10 @@ const GOODBYE: Duration = Duration::from_secs(1);
 /// The largest message that is read. What is asked for is small.
 const LARGEST_MESSAGE: i32 = 1024 * 1024;
 const MOST_ROWS: usize = 1_000;
+/// RFC 7677, section 4.
+const FEWEST_ITERATIONS: u32 = 4_096;
+/// A server's message is cut behind so many characters, and a line that holds one behind twice as many.
+const LONGEST_MESSAGE: usize = 200;
 const APPLICATION: &str = "claviger";
 
 /// Where to log in.
@@ -95,7 +114,7 @@ impl ServerError {
             let text = || String::from_utf8_lossy(field.value_bytes());
             match field.type_() {
                 b'C' => error.code = text().chars().filter(char::is_ascii_alphanumeric).take(5).collect(),
-                b'M' => error.message = text().chars().map(visible).take(200).collect(),
+                b'M' => error.message = legible(&text()).chars().take(LONGEST_MESSAGE).collect(),
                 _ => {}
             }
         }
@@ -111,8 +130,20 @@ impl ServerError {
     }
 }
 
-fn visible(character: char) -> char {
-    if character.is_control() { ' ' } else { character }
+/// What a target wrote, as a line that people may be shown: nothing in it breaks the line, moves a cursor, hides, or
+/// turns the direction of what follows.
+pub(super) fn legible(text: &str) -> String {
+    let shown = |c: char| match c {
+        _ if c.is_control() => ' ',
+        '\u{61c}'
+        | '\u{180e}'
+        | '\u{200b}'..='\u{200f}'
+        | '\u{2028}'..='\u{202e}'
+        | '\u{2060}'..='\u{206f}'
+        | '\u{feff}' => char::REPLACEMENT_CHARACTER,
+        _ => c,
+    };
+    text.chars().take(2 * LONGEST_MESSAGE).map(shown).collect()
 }
 
 impl fmt::Display for ServerError {
@@ -137,6 +168,24 @@ trait Wire: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Wire for T {}
 
+/// What a login goes over.
+enum Channel {
+    Plain,
+    /// TLS, with what a login can be bound to.
+    Tls(Option<Vec<u8>>),
+}
+
+/// How far a login has come.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// The server has a user's name, and nothing else.
+    Named,
+    /// It has heard whether the client would bind the login.
+    Begun,
+    /// It has a proof.
+    Proven,
+}
+
 /// A session in which the password was proven right.
 pub(super) struct Session {
     wire: Box<dyn Wire>,
@@ -150,9 +199,9 @@ impl Session {
         let opened = async {
             let (stream, address) = within(CONNECT, "connection", connect(door)).await?;
             let logged_in = async {
-                let wire = secured(stream, door).await?;
+                let (wire, channel) = secured(stream, door).await?;
                 let mut session = Self { wire, incoming: BytesMut::new(), address };
-                session.log_in(door.database, credential).await?;
+                session.log_in(door.database, credential, channel).await?;
                 Ok::<_, NoSession>(session)
             };
             within(LOGIN, "login", logged_in).await
@@ -204,7 +253,12 @@ impl Session {
         }
     }
 
-    async fn log_in(&mut self, database: &str, credential: &Credential) -> Result<(), NoSession> {
+    async fn log_in(
+        &mut self,
+        database: &str,
+        credential: &Credential,
+        channel: Channel,
+    ) -> Result<(), NoSession> {
         let parameters = [
             ("user", credential.username.as_str()),
             ("database", database),
@@ -214,16 +268,15 @@ impl Session {
         let mut startup = BytesMut::new();
         frontend::startup_message(parameters, &mut startup).map_err(|error| lost(&error))?;
         self.send(&startup).await.map_err(|error| lost(&error))?;
-        self.challenged().await?;
-        self.prove(credential).await?;
+        let (mechanism, binding) = self.challenged(channel).await?;
+        self.prove(credential, mechanism, binding).await?;
         self.settled().await
     }
 
-    /// The server's demand. Until here it was told a name, and nothing else.
-    async fn challenged(&mut self) -> Result<(), NoSession> {
-        let method = match self.next_of_login(false).await? {
-            Message::AuthenticationSasl(body) if offers_scram(&body) => return Ok(()),
-            Message::AuthenticationSasl(_) => "wants a SASL mechanism other than SCRAM-SHA-256",
+    /// The server's demand, and how it is met. Until here it was told a name, and nothing else.
+    async fn challenged(&mut self, channel: Channel) -> Result<(&'static str, ChannelBinding), NoSession> {
+        let method = match self.next_of_login(Stage::Named).await? {
+            Message::AuthenticationSasl(body) => return mechanism(&body, channel),
             Message::AuthenticationOk => "lets in without asking for a password (trust, peer or cert)",
             Message::AuthenticationCleartextPassword => {
                 "wants the password itself (password, ldap, pam or radius)"
@@ -231,19 +284,24 @@ impl Session {
             Message::AuthenticationMd5Password(_) => "wants an MD5 hash of the password",
             _ => "wants another proof than a password",
         };
-        Err(NoSession::Unverifiable(format!("it {method}, and was sent none")))
+        Err(unmet(method))
     }
 
     /// Both sides prove that they know the password.
-    async fn prove(&mut self, credential: &Credential) -> Result<(), NoSession> {
-        // Not bound to the TLS channel: the certificate was verified, and a pooler may end it.
-        let mut scram = ScramSha256::new(credential.password.as_bytes(), ChannelBinding::unsupported());
+    async fn prove(
+        &mut self,
+        credential: &Credential,
+        mechanism: &str,
+        binding: ChannelBinding,
+    ) -> Result<(), NoSession> {
+        let mut scram = ScramSha256::new(credential.password.as_bytes(), binding);
         let mut first = BytesMut::new();
-        frontend::sasl_initial_response(SCRAM_SHA_256, scram.message(), &mut first)
+        frontend::sasl_initial_response(mechanism, scram.message(), &mut first)
             .map_err(|error| lost(&error))?;
         self.send(&first).await.map_err(|error| lost(&error))?;
-        match self.next_of_login(false).await? {
+        match self.next_of_login(Stage::Begun).await? {
             Message::AuthenticationSaslContinue(body) => {
+                is_costly(body.data())?;
                 scram.update(body.data()).map_err(|error| unproven(&error.to_string()))?;
             }
             _ => return Err(unproven("it left the exchange")),
@@ -251,7 +309,7 @@ impl Session {
         let mut second = BytesMut::new();
         frontend::sasl_response(scram.message(), &mut second).map_err(|error| lost(&error))?;
         self.send(&second).await.map_err(|error| lost(&error))?;
-        match self.next_of_login(true).await? {
+        match self.next_of_login(Stage::Proven).await? {
             Message::AuthenticationSaslFinal(body) => {
                 scram.finish(body.data()).map_err(|error| unproven(&error.to_string()))
             }
@@ -270,18 +328,11 @@ impl Session {
         }
     }
 
-    /// The next message but for notices. An error of class 28 is about the password only where a proof was sent before:
-    /// else it is about `pg_hba.conf`, or the exchange.
-    async fn next_of_login(&mut self, proof_sent: bool) -> Result<Message, NoSession> {
+    /// The next message but for notices.
+    async fn next_of_login(&mut self, stage: Stage) -> Result<Message, NoSession> {
         loop {
             match self.receive().await.map_err(|error| lost(&error))? {
-                Message::ErrorResponse(body) => {
-                    let error = ServerError::read(&body);
-                    return Err(match proof_sent && error.denies() {
-                        true => NoSession::Rejected(error.to_string()),
-                        false => NoSession::Unavailable(error.to_string()),
-                    });
-                }
+                Message::ErrorResponse(body) => return Err(denied(&ServerError::read(&body), stage)),
                 Message::NoticeResponse(_) | Message::ParameterStatus(_) => {}
                 message => return Ok(message),
             }
@@ -355,8 +406,10 @@ async fn connect(door: &Door<'_>) -> Result<(TcpStream, SocketAddr), NoSession> 
     Err(NoSession::Unavailable(last))
 }
 
-async fn secured(mut stream: TcpStream, door: &Door<'_>) -> Result<Box<dyn Wire>, NoSession> {
-    let Encryption::VerifyFull { ca_file } = door.encryption else { return Ok(Box::new(stream)) };
+async fn secured(mut stream: TcpStream, door: &Door<'_>) -> Result<(Box<dyn Wire>, Channel), NoSession> {
+    let Encryption::VerifyFull { ca_file } = door.encryption else {
+        return Ok((Box::new(stream), Channel::Plain));
+    };
     let mut request = BytesMut::new();
     frontend::ssl_request(&mut request);
     stream.write_all(&request).await.map_err(|error| lost(&error))?;
@@ -369,11 +422,59 @@ async fn secured(mut stream: TcpStream, door: &Door<'_>) -> Result<Box<dyn Wire>
         _ => return Err(NoSession::Unavailable("what answers there is no PostgreSQL server".to_owned())),
     }
     let secured = tls::secure(stream, &door.place.host, ca_file.as_deref()).await;
-    Ok(Box::new(secured.map_err(NoSession::Unavailable)?))
+    let secured = secured.map_err(NoSession::Unavailable)?;
+    let channel = Channel::Tls(tls::end_point(&secured));
+    Ok((Box::new(secured), channel))
 }
 
-fn offers_scram(body: &AuthenticationSaslBody) -> bool {
-    body.mechanisms().any(|mechanism| Ok(mechanism == SCRAM_SHA_256)).unwrap_or(false)
+/// Which of the offered mechanisms is taken, and what is said of binding it to the channel.
+fn mechanism(
+    body: &AuthenticationSaslBody,
+    channel: Channel,
+) -> Result<(&'static str, ChannelBinding), NoSession> {
+    let offers = |name: &str| body.mechanisms().any(|mechanism| Ok(mechanism == name)).unwrap_or(false);
+    match (channel, offers(SCRAM_SHA_256_PLUS), offers(SCRAM_SHA_256)) {
+        (Channel::Tls(Some(hash)), true, _) => {
+            Ok((SCRAM_SHA_256_PLUS, ChannelBinding::tls_server_end_point(hash)))
+        }
+        // The server would refuse a `y` after its own offer, and an `n` could be passed on to another one.
+        (Channel::Tls(None), true, _) => Err(NoSession::Unverifiable(
+            "its certificate's signature is of a kind (Ed25519) to which a login can't be bound, and it was sent no \
+             proof; have it show one that is signed with ECDSA or RSA"
+                .to_owned(),
+        )),
+        (Channel::Tls(_), false, true) => Ok((SCRAM_SHA_256, ChannelBinding::unrequested())),
+        (Channel::Plain, _, true) => Ok((SCRAM_SHA_256, ChannelBinding::unsupported())),
+        (_, _, false) => Err(unmet("wants a SASL mechanism other than SCRAM-SHA-256")),
+    }
+}
+
+/// Whether guessing the password from a proof is made as costly as it has to be. `message`: `r=…,s=…,i=4096` (RFC 5802,
+/// section 7); what is not like that, the exchange itself refuses.
+fn is_costly(message: &[u8]) -> Result<(), NoSession> {
+    let text = String::from_utf8_lossy(message);
+    let asked = text.split(',').find_map(|part| part.strip_prefix("i=")?.parse::<u32>().ok());
+    match asked {
+        Some(asked) if asked < FEWEST_ITERATIONS => Err(NoSession::Unverifiable(format!(
+            "it asks for {asked} iterations of the hash, from which a password is too easily guessed, and was sent no \
+             proof; where it is the right server, set this role's password anew with {FEWEST_ITERATIONS} or more \
+             (scram_iterations)"
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// What an error before the server's signature means. It is about the password only where a proof was sent before: else
+/// it is about `pg_hba.conf`, or the exchange.
+fn denied(error: &ServerError, stage: Stage) -> NoSession {
+    match (stage, error.code.as_str()) {
+        (Stage::Proven, "28P01") => NoSession::Rejected(error.to_string()),
+        // "SCRAM channel binding check failed", "SCRAM channel binding negotiation error".
+        (Stage::Begun | Stage::Proven, "28000") => NoSession::Unverifiable(format!(
+            "{error}: what answers there may not be the server itself, but something that passes on what it hears"
+        )),
+        _ => NoSession::Unavailable(error.to_string()),
+    }
 }
 
 /// What an error after the server's signature means.
@@ -387,8 +488,13 @@ fn admitted(error: ServerError) -> NoSession {
     }
 }
 
+fn unmet(demand: &str) -> NoSession {
+    NoSession::Unverifiable(format!("it {demand}, and was sent no proof"))
+}
+
+/// `problem` may quote the server.
 fn unproven(problem: &str) -> NoSession {
-    NoSession::Unverifiable(format!("it did not prove that it knows the password: {problem}"))
+    NoSession::Unverifiable(format!("it did not prove that it knows the password: {}", legible(problem)))
 }
 
 fn lost(error: &io::Error) -> NoSession {
@@ -406,7 +512,6 @@ fn columns(body: &DataRowBody) -> io::Result<Row> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use postgres_protocol::authentication::sasl::SCRAM_SHA_256_PLUS;
     use tokio::net::TcpListener;
     use zeroize::Zeroizing;
 
@@ -476,8 +581,76 @@ mod tests {
             let (failure, _) = against(vec![error(code)]).await;
             assert!(matches!(failure, NoSession::Unavailable(_)), "{code}: {failure:?}");
             let (failure, _) = against(vec![sasl(SCRAM_SHA_256), error(code)]).await;
-            assert!(matches!(failure, NoSession::Unavailable(_)), "{code}: {failure:?}");
+            let bound_wrongly = code == "28000";
+            assert_eq!(matches!(failure, NoSession::Unverifiable(_)), bound_wrongly, "{code}: {failure:?}");
+            assert_eq!(matches!(failure, NoSession::Unavailable(_)), !bound_wrongly, "{code}: {failure:?}");
         }
+    }
+
+    #[test]
+    fn only_a_wrong_password_is_a_rejection() {
+        let error = |code: &str| ServerError { code: code.to_owned(), message: "no".to_owned() };
+        assert!(matches!(denied(&error("28P01"), Stage::Proven), NoSession::Rejected(_)));
+        assert!(matches!(denied(&error("28P01"), Stage::Begun), NoSession::Unavailable(_)));
+        assert!(matches!(denied(&error("28000"), Stage::Named), NoSession::Unavailable(_)));
+        for stage in [Stage::Begun, Stage::Proven] {
+            assert!(matches!(denied(&error("28000"), stage), NoSession::Unverifiable(_)));
+        }
+    }
+
+    #[test]
+    fn a_login_over_tls_is_bound_where_that_is_offered() {
+        let chosen = |offered: &[&str], channel| {
+            let names: Vec<u8> = offered.iter().flat_map(|name| [name.as_bytes(), b"\0"].concat()).collect();
+            let mut incoming =
+                BytesMut::from(message(b'R', &[&[0, 0, 0, 10][..], &names, b"\0"].concat()).as_slice());
+            let Ok(Some(Message::AuthenticationSasl(body))) = Message::parse(&mut incoming) else {
+                panic!("an offer")
+            };
+            let (name, binding) = mechanism(&body, channel).ok()?;
+            let first = ScramSha256::new(b"", binding).message().to_vec();
+            let header = String::from_utf8(first).unwrap().split_once("n=").unwrap().0.to_owned();
+            Some((name, header))
+        };
+        let both = [SCRAM_SHA_256_PLUS, SCRAM_SHA_256];
+        let bound = || Channel::Tls(Some(vec![1; 32]));
+        let said = |name, header: &str| Some((name, header.to_owned()));
+        assert_eq!(chosen(&both, bound()), said(SCRAM_SHA_256_PLUS, "p=tls-server-end-point,,"));
+        assert_eq!(chosen(&both[..1], bound()), said(SCRAM_SHA_256_PLUS, "p=tls-server-end-point,,"));
+        assert_eq!(chosen(&both[1..], bound()), said(SCRAM_SHA_256, "y,,"));
+        assert_eq!(chosen(&both, Channel::Tls(None)), None);
+        assert_eq!(chosen(&both[1..], Channel::Tls(None)), said(SCRAM_SHA_256, "y,,"));
+        assert_eq!(chosen(&both, Channel::Plain), said(SCRAM_SHA_256, "n,,"));
+        assert_eq!(chosen(&["SCRAM-SHA-1"], bound()), None);
+    }
+
+    #[tokio::test]
+    async fn who_asks_for_a_cheap_hash_gets_no_proof() {
+        for iterations in ["0", "1", "4095"] {
+            let cheap = message(b'R', format!("\0\0\0\x0br=a,s=AAAA,i={iterations}").as_bytes());
+            let (failure, heard) = against(vec![sasl(SCRAM_SHA_256), cheap]).await;
+            let NoSession::Unverifiable(why) = failure else { panic!("{failure:?}") };
+            assert!(why.contains(&format!("{iterations} iterations")), "{why}");
+            assert!(!String::from_utf8_lossy(&heard).contains(",p="), "a proof was sent");
+        }
+        assert_eq!(is_costly(b"r=a,s=AAAA,i=4096"), Ok(()));
+    }
+
+    #[test]
+    fn what_a_server_writes_can_neither_break_a_line_nor_turn_it() {
+        let foul = "a\u{1b}[2Jb\r\nc\u{85}d\u{202e}e\u{2066}f\u{200b}g\u{2028}h\u{feff}i\u{61c}é";
+        let harmless = |text: &str| {
+            let bad =
+                |c: char| c.is_control() || "\u{202e}\u{2066}\u{200b}\u{2028}\u{feff}\u{61c}".contains(c);
+            assert!(!text.contains(bad), "{text:?}");
+        };
+        harmless(&legible(foul));
+        assert!(legible(foul).ends_with('é'));
+        assert_eq!(legible(&"x".repeat(100_000)).len(), 2 * LONGEST_MESSAGE);
+        harmless(&unproven(foul).to_string());
+        let mut body = BytesMut::from(message(b'E', format!("C28P01\0M{foul}\0\0").as_bytes()).as_slice());
+        let Ok(Some(Message::ErrorResponse(body))) = Message::parse(&mut body) else { panic!("an error") };
+        harmless(&ServerError::read(&body).to_string());
     }
 
     #[tokio::test]

@@ -1,16 +1,30 @@
 //! What is said to the server. Every change of a role is one `DO` block:
 //!
 //! ```text
-//! DO  wait for the pair's lock ─▶ touch both roles ─▶ read the fence ─┬─▶ higher: CLV01, nothing is changed
-//!      (advisory, per database)    (row locks, per cluster)           └─▶ change ─▶ write the fence ─▶ commit
+//! DO  wait for the pair's lock ─▶ touch both roles ─▶ read the fence ─┬─▶ another secret's: CLV05, nothing is changed
+//!      (advisory, per database)    (row locks, per cluster)           ├─▶ higher: CLV01, likewise
+//!                                                                     └─▶ change ─▶ write the fence ─▶ commit
 //! ```
 //!
-//! The fence stands at the end of the two login roles' comments, ` [claviger fence 42]`, behind whatever people wrote
-//! there; the higher one counts. `ALTER ROLE name` without an option changes nothing but takes the role's row until
-//! the commit: a second block waits for it, or fails with "tuple concurrently updated", also from another database of
-//! the cluster, where an advisory lock does not reach. So between reading the fence and the commit nobody writes one.
+//! The fence stands at the end of the two login roles' comments, behind whatever people wrote there:
+//!
+//! ```text
+//! the shop [claviger fence 42 of 0f3a9c17be205d64]
+//!                          │     └─ whose: the first 16 digits of the SHA-256, in hex, of "environment/name"
+//!                          └─ the higher one of the two roles counts
+//! ```
+//!
+//! Of two secrets that rotate the same user, each would take away the other one's current password. So the first one has
+//! it, until a person clears the comments. A fence without an owner is of an earlier version, and taken over.
+//!
+//! `ALTER ROLE name` without an option changes nothing but takes the role's row until the commit: a second block waits
+//! for it, or fails with "tuple concurrently updated", also from another database of the cluster, where an advisory lock
+//! does not reach. So between reading the fence and the commit nobody writes one.
 
+use data_encoding::HEXLOWER;
 use ring::digest;
+
+use crate::secret::SecretId;
 
 /// The role's comment has a higher fence.
 pub(super) const FENCED: &str = "CLV01";
@@ -20,6 +34,8 @@ pub(super) const IN_USE: &str = "CLV02";
 pub(super) const VALUE_REFUSED: &str = "CLV03";
 /// Neither role exists, so there is nothing to write a fence on.
 pub(super) const NO_ROLE: &str = "CLV04";
+/// A role's fence is of another secret; the message is that one's [owner], a space, and the role's name.
+pub(super) const OWNED: &str = "CLV05";
 
 /// What a session of the admin begins with. Set after the login, because poolers refuse to be asked at start-up. A
 /// server that may lose a commit in a crash is asked not to.
@@ -28,9 +44,10 @@ pub(super) const SETTLE: &str = "SET search_path = pg_catalog; SET standard_conf
      SET default_transaction_isolation = 'read committed'; \
      SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'";
 
-/// Whether the server is a standby (`t` or `f`), and the system identifier of its cluster.
+/// Whether the server is a standby (`t` or `f`), the system identifier of its cluster, and when it started.
 pub(super) const OBSERVE: &str = "SELECT pg_catalog.pg_is_in_recovery(), \
-     (SELECT system_identifier FROM pg_catalog.pg_control_system())";
+     (SELECT system_identifier FROM pg_catalog.pg_control_system()), \
+     extract(epoch FROM pg_catalog.pg_postmaster_start_time())";
 
 /// Who is logged in, and as whom that acts.
 pub(super) const WHO: &str = "SELECT session_user, current_user";
@@ -58,9 +75,17 @@ pub(super) fn roles(names: &[&str]) -> String {
     )
 }
 
+/// Who a fence is of: a secret's name, in a form of which nothing has to be quoted and no long name fills a comment.
+pub(super) fn owner(secret: &SecretId) -> String {
+    let name = format!("{}/{}", secret.environment, secret.name);
+    let hash = digest::digest(&digest::SHA256, name.as_bytes());
+    HEXLOWER.encode(hash.as_ref()).chars().take(16).collect()
+}
+
 /// Changes behind a fence, of a pair of users.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Fenced<'a> {
+    pub(super) secret: &'a SecretId,
     pub(super) users: &'a [String; 2],
     pub(super) fence: u64,
 }
@@ -115,7 +140,7 @@ impl Fenced<'_> {
     }
 
     fn block(&self, change: &str) -> String {
-        let fence = self.fence;
+        let (fence, secret) = (self.fence, owner(self.secret));
         let users = self.users.each_ref().map(|user| literal(user)).join(", ");
         let body = format!(
             "DECLARE
@@ -126,7 +151,15 @@ BEGIN
   FOR login IN SELECT rolname FROM pg_roles WHERE rolname IN ({users}) ORDER BY rolname LOOP
     EXECUTE format('ALTER ROLE %I', login.rolname);
   END LOOP;
-  SELECT max(substring(shobj_description(oid, 'pg_authid') FROM '[[]claviger fence ([0-9]+)[]]$')::numeric)
+  FOR login IN SELECT rolname, substring(shobj_description(oid, 'pg_authid')
+      FROM '[[]claviger fence [0-9]+ of ([0-9a-f]+)[]]$') AS secret
+      FROM pg_roles WHERE rolname IN ({users}) ORDER BY rolname LOOP
+    IF login.secret <> '{secret}' THEN
+      RAISE EXCEPTION USING ERRCODE = '{OWNED}', MESSAGE = concat_ws(' ', login.secret, login.rolname);
+    END IF;
+  END LOOP;
+  SELECT max(substring(shobj_description(oid, 'pg_authid')
+      FROM '[[]claviger fence ([0-9]+)(?: of [0-9a-f]+)?[]]$')::numeric)
     INTO seen FROM pg_roles WHERE rolname IN ({users});
   IF seen > {fence} THEN
     RAISE EXCEPTION USING ERRCODE = '{FENCED}', MESSAGE = seen::text;
@@ -134,7 +167,8 @@ BEGIN
 {change}  FOR login IN SELECT rolname, shobj_description(oid, 'pg_authid') AS remark FROM pg_roles
       WHERE rolname IN ({users}) ORDER BY rolname LOOP
     EXECUTE format('COMMENT ON ROLE %I IS %L', login.rolname, concat_ws(' ',
-      nullif(regexp_replace(login.remark, ' ?[[]claviger fence [0-9]+[]]$', ''), ''), '[claviger fence {fence}]'));
+      nullif(regexp_replace(login.remark, ' ?[[]claviger fence [0-9]+( of [0-9a-f]+)?[]]$', ''), ''),
+      '[claviger fence {fence} of {secret}]'));
   END LOOP;
   IF NOT FOUND THEN
     RAISE EXCEPTION USING ERRCODE = '{NO_ROLE}', MESSAGE = 'neither role exists';
@@ -171,10 +205,20 @@ mod tests {
 
     #[test]
     fn one_lock_for_a_pair_and_another_for_another() {
-        let lock = |users: [&str; 2]| Fenced { users: &users.map(str::to_owned), fence: 1 }.lock();
+        let secret = SecretId::parse("prod", "database").unwrap();
+        let lock =
+            |users: [&str; 2]| Fenced { secret: &secret, users: &users.map(str::to_owned), fence: 1 }.lock();
         assert_eq!(lock(["a", "b"]), lock(["b", "a"]));
         assert_ne!(lock(["a", "b"]), lock(["a", "c"]));
         assert_ne!(lock(["ab", "c"]), lock(["a", "bc"]));
+    }
+
+    #[test]
+    fn the_owner_of_a_fence_is_what_a_shell_says_it_is() {
+        // printf %s prod/database | sha256sum | cut -c 1-16
+        let owned = |environment, name| owner(&SecretId::parse(environment, name).unwrap());
+        assert_eq!(owned("prod", "database"), "d4e9d6ed4830b775");
+        assert_ne!(owned("prod", "database"), owned("test", "database"));
     }
 
     proptest! {
@@ -203,7 +247,8 @@ mod tests {
         #[test]
         fn nothing_leaves_the_block(user in "[a-z'\\\\\"%$;]{1,20}", owner in "[a-z'\\\\\"%$;]{1,20}") {
             let users = [user.clone(), "other".to_owned()];
-            let sql = Fenced { users: &users, fence: u64::MAX }.set(&user, &owner, "SCRAM-SHA-256$x");
+            let secret = SecretId::parse("prod", "database").unwrap();
+            let sql = Fenced { secret: &secret, users: &users, fence: u64::MAX }.set(&user, &owner, "SCRAM-SHA-256$x");
             let body = sql.strip_prefix("DO LANGUAGE plpgsql ").unwrap();
             let inner = body.trim_start_matches([' ', 'E']).strip_prefix('\'').unwrap();
             let inner = inner.strip_suffix('\'').unwrap();
