@@ -153,13 +153,26 @@ impl Rotation {
 
     /// What is in its way, what happened, and the mend: a line each, that stands for itself wherever it is found.
     fn in_the_way(&self) -> Vec<String> {
-        let Some(trouble) = &self.trouble else { return Vec::new() };
+        let Some(trouble) = &self.trouble else { return self.came_to_nothing() };
         let (id, result) = (self.id(), self.result.as_deref().unwrap_or("not over"));
         vec![
             format!("{id}: {result}: {}", trouble.code),
             format!("{id}: {}", trouble.message),
             format!("{id}: mend: {}", trouble.mend),
         ]
+    }
+
+    /// What became of a run that is over without a new version.
+    fn came_to_nothing(&self) -> Vec<String> {
+        let why = match self.result.as_deref() {
+            Some("superseded") => {
+                "AWSCURRENT was changed while the run was in progress, and stays; what the run had made is given up; \
+                 rotate again where a new version is still wanted"
+            }
+            Some("aborted") => "the run was aborted; AWSCURRENT stays as it was",
+            _ => return Vec::new(),
+        };
+        vec![format!("{}: {why}", self.id())]
     }
 
     /// A failure that is only waited through.

@@ -395,7 +395,9 @@ fn json(value: &Value<'_>) -> Result<Json, (usize, String)> {
 fn nearest(text: &str, known: impl Iterator<Item = &'static str>) -> &'static str {
     // More than a name's worth is never like one, and would only take time.
     let text: String = text.chars().take(64).collect();
-    known.min_by_key(|known| strsim::damerau_levenshtein(known, &text)).unwrap_or_default()
+    // What a name begins with is nearer to it than any other of a like length.
+    let begins = |known: &str| !text.is_empty() && known.starts_with(text.as_str());
+    known.min_by_key(|known| (!begins(known), strsim::damerau_levenshtein(known, &text))).unwrap_or_default()
 }
 
 fn cut(text: &str) -> String {

@@ -489,11 +489,12 @@ impl<'a> Work<'a> {
         }
     }
 
-    /// Why there is no telling. That another target answers than before passes by no waiting.
+    /// Why there is no telling. What needs a person (another target answers than before, the admin's secret is no
+    /// credential) passes by no waiting.
     async fn unknown(&self, why: String) -> Failure {
         if let Ok(work) = self.work()
             && let Err(failure) = self.rotator.identify(&work).await
-            && failure.trouble == Trouble::WrongTarget
+            && failure.trouble.needs_a_person()
         {
             return failure;
         }
@@ -598,7 +599,8 @@ impl<'a> Work<'a> {
 
     async fn load_admin(&mut self) -> Result<(), Failure> {
         if self.admin.is_none() {
-            self.admin = self.engine.broker.rotation_admin(&self.held).await?.map(|fetched| fetched.value);
+            let admin = self.engine.broker.rotation_admin(&self.held).await.map_err(of_admin)?;
+            self.admin = admin.map(|fetched| fetched.value);
         }
         Ok(())
     }
@@ -636,6 +638,17 @@ impl<'a> Work<'a> {
 fn holder(description: &Description, label: &Label) -> Option<VersionId> {
     let carries = |version: &&crate::secret::Version| version.labels.contains(label);
     description.versions.iter().find(carries).map(|version| version.id.clone())
+}
+
+/// What is wrong with the admin's secret is mended there, and not at the one that is rotated.
+fn of_admin(error: BrokerError) -> Failure {
+    match error.reason() {
+        Reason::SecretNotFound | Reason::SecretDeleted | Reason::VersionNotFound => {
+            let message = format!("the secret with the admin's credential: {error}");
+            Failure::new(Trouble::ValueUnfit, message)
+        }
+        _ => error.into(),
+    }
 }
 
 fn given_up(description: &Description) -> Vec<(Timestamp, Label)> {

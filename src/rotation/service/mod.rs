@@ -22,7 +22,7 @@ use jiff::Timestamp;
 
 use super::definition::Definition;
 use super::engine::{Engine, Order, Told, When};
-use super::machine::Ending;
+use super::machine::{Ending, Phase};
 use super::record::{Rotation, Run};
 use super::scheduler::{FiguresNow, Works, is_retiring};
 use super::{Failure, Trouble, schedule};
@@ -92,7 +92,8 @@ impl Rotations {
 
     /// Sets how and when a secret is rotated. A new rotation is first due when its schedule says, never at once. One
     /// that was set before keeps its history, and its next time unless schedule or grace changed; which target it is, is
-    /// found out anew. A run in progress ends as it began.
+    /// found out anew. A run in progress ends as it began, unless it is blocked: then it goes on with what was mended,
+    /// where its target is the same or was not touched yet.
     ///
     /// # Errors
     /// [`BrokerError`]; needs [`Action::Administer`] on the environment, and [`Action::Read`] on the secret that holds the
@@ -270,6 +271,13 @@ impl Rotations {
     async fn may_use(&self, call: &Call, id: &SecretId, definition: &Definition) -> Result<(), BrokerError> {
         let rotator = definition.rotator()?;
         let Some(admin) = rotator.admin() else { return Ok(()) };
+        if *admin == id.name {
+            let message = format!(
+                "admin: secret `{}` is the one that is rotated; name the secret with the admin's credential",
+                id.name
+            );
+            return Err(BrokerError::rejected(Reason::InvalidConfig, message));
+        }
         let admin = SecretId::new(id.environment.clone(), admin.clone());
         let asks = (Action::Read, Resource::Secret(admin));
         self.works.broker.governed(call, "set_rotation", asks, false, async { Ok(()) }).await
@@ -285,6 +293,10 @@ impl Rotations {
             // Counted from the last rotation; but what would have been due by then is not due at once.
             let counted = rotation.rotated_at.filter(|at| *at <= now).map(from).filter(|at| *at > now);
             rotation.next_at = counted.unwrap_or_else(|| from(now));
+        }
+        if let Some(run) = rotation.run.as_mut().filter(|run| may_go_on_with(run, definition)) {
+            run.definition = definition.clone();
+            run.fingerprint = None;
         }
         rotation.definition = definition.clone();
         // Whoever sets a rotation anew may have rebuilt its target, or made room for the values that it refused.
@@ -364,6 +376,16 @@ fn parse(definition: &str) -> Result<Definition, BrokerError> {
 /// An order in the name of who calls.
 fn order(call: &Call, when: When) -> Order {
     Order { asked_by: call.principal.to_string(), request_id: Some(call.request_id.clone()), when }
+}
+
+/// A run ends as it began, unless it can't: where a person is needed and has mended the definition, a run that has not
+/// touched its target goes on with that, and so does one whose target is still the same.
+fn may_go_on_with(run: &Run, definition: &Definition) -> bool {
+    let is_blocked = run.failure.as_ref().is_some_and(|failure| failure.trouble.needs_a_person());
+    let target = |definition: &Definition| definition.rotator().ok().and_then(|rotator| rotator.target());
+    let same =
+        || run.definition.rotator == definition.rotator && target(&run.definition) == target(definition);
+    is_blocked && (run.phase() == Phase::Create || same())
 }
 
 /// Has a run that rests after a failure taken up now. One that waits for its retirement waits on: its time is not that of

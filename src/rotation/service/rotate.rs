@@ -207,8 +207,9 @@ pub(super) fn answered(id: &SecretId, over: Over) -> Result<Over, BrokerError> {
         Over::Paused => Err(conflict(id, "is paused; resume it first")),
         Over::TooSoon { until } => {
             let message = format!(
-                "secret `{name}` in environment `{environment}` can't be rotated again before {until:.0}: until then \
-                 there may be users of the value before the current one; wait, or give it a shorter grace"
+                "secret `{name}` in environment `{environment}` was rotated a moment ago, and can't be again before \
+                 {until:.0}: until then caches and programs may hold the value before the current one, for the \
+                 environment's ttl and the rotation's grace"
             );
             Err(BrokerError::rejected(Reason::RotationTooSoon, message))
         }

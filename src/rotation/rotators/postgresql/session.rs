@@ -417,7 +417,8 @@ async fn secured(mut stream: TcpStream, door: &Door<'_>) -> Result<(Box<dyn Wire
     match stream.read_u8().await.map_err(|error| lost(&error))? {
         b'S' => {}
         b'N' => {
-            return Err(NoSession::Unavailable("it takes no TLS, and nothing was sent without".to_owned()));
+            return Err(NoSession::Unavailable("it takes no TLS, and nothing was sent without; turn on ssl there, or where it is this machine say `tls = \"disable\"`"
+                    .to_owned()));
         }
         _ => return Err(NoSession::Unavailable("what answers there is no PostgreSQL server".to_owned())),
     }
