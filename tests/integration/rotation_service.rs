@@ -3,17 +3,20 @@
 //! far as they need no target. The values are in the embedded store; for the quotas of row R9, in AWS.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use claviger::broker::Call;
 use claviger::clock::{Clock as _, ManualClock};
+use claviger::config::Resolved;
 use claviger::config::assembly::Running;
 use claviger::crypto::{MacKey, RootKey};
 use claviger::error::{Reason, Reasoned as _};
 use claviger::kv::embedded::Embedded;
 use claviger::kv::{Entry, Kv, KvError, LeaseId, Outcome, Page, Revision, Transaction, Watch};
+use claviger::policy::PolicySource;
 use claviger::rotation::Trouble;
 use claviger::rotation::definition::Definition;
 use claviger::rotation::engine::{Engine, Order, Over, Settings, Told, When};
@@ -57,9 +60,15 @@ struct House {
 
 impl House {
     async fn start() -> Self {
+        Self::under(|_| PolicySource::shipped()).await
+    }
+
+    /// The same, under the policies that `source` puts into its folder.
+    async fn under(source: impl FnOnce(&Path) -> PolicySource) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let clock = clock();
-        let running = start(&resolved(folder.path()), clock.clone()).await.unwrap();
+        let resolved = Resolved { policy: source(folder.path()), ..resolved(folder.path()) };
+        let running = start(&resolved, clock.clone()).await.unwrap();
         let inner = Embedded::open(&folder.path().join("rotations.db"), clock.clone()).await.unwrap();
         let kv = Arc::new(Faulty::new(inner));
         let key = Arc::new(MacKey::create(&RootKey::generate().unwrap(), &[b"test"]).unwrap().0);
@@ -511,6 +520,75 @@ async fn what_can_not_be_set_is_said_at_once_and_nothing_is_set() {
     house.end().await;
 }
 
+const DATABASE: &str = "rotator = \"postgresql-alternating\"\nschedule = \"every 30d\"\n[postgresql-alternating]\n\
+    hosts = [\"127.0.0.1:1\"]\ndatabase = \"shop\"\nusers = [\"a\", \"b\"]\nowner = \"shop\"\ntls = \"disable\"\n";
+
+/// The engine may read every secret. Where a definition has it send one to a host, whoever sets it must be one who may.
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_has_an_admin_s_credential_sent_somewhere_may_read_it() {
+    let house = House::under(|folder| {
+        let policies = folder.join("policies");
+        std::fs::create_dir(&policies).unwrap();
+        for entry in std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/policies")).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_file() {
+                std::fs::copy(&path, policies.join(path.file_name().unwrap())).unwrap();
+            }
+        }
+        let forbid = "@id(\"not-for-eve\") forbid (principal == User::\"eve\", action == Action::\"read\", \
+                      resource == Secret::\"development:database-admin\");";
+        std::fs::write(policies.join("eve.cedar"), forbid).unwrap();
+        PolicySource::Directory(policies)
+    })
+    .await;
+    let database = id("development", "database");
+    house.put(&database, "v").await;
+    let set = async |who: Call, admin: &str| {
+        let definition = format!("{DATABASE}admin = \"{admin}\"\n");
+        house.rotations.set(&who, database.clone(), &definition).await
+    };
+    let eve = || person("eve", &["administrators"]);
+    assert_eq!(reason(set(eve(), "database-admin").await), Reason::Denied);
+    assert_eq!(
+        reason(set(administrator(), "database").await),
+        Reason::InvalidConfig,
+        "not the secret itself"
+    );
+    assert_eq!(reason(house.rotations.get(&eve(), database.clone()).await), Reason::RotationNotFound);
+    set(administrator(), "database-admin").await.unwrap();
+    let records = house.end().await;
+    let asked = |r: &&serde_json::Value| r["secret"] == "database-admin" && r["operation"] == "set_rotation";
+    let outcomes: Vec<_> = records.iter().filter(asked).map(|r| r["outcome"].as_str().unwrap()).collect();
+    assert_eq!(outcomes, ["denied", "ok"]);
+}
+
+/// What can't come to its end is a person's to mend, or to remove.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_blocked_run_goes_on_with_the_definition_that_mends_it_or_is_removed() {
+    let house = House::start().await;
+    let root = administrator();
+    let of = |field: &str| format!("{}field = \"{field}\"\n", random("every 1d", 32));
+    let blocked = async |name: &str| {
+        let id = id("development", name);
+        house.put(&id, r#"{"key":"first-value"}"#).await;
+        house.rotations.set(&root, id.clone(), &of("kye")).await.unwrap();
+        let over = rotate(&house.rotations, administrator(), &id).await.unwrap();
+        assert_eq!(unfinished(over).0, Trouble::ValueUnfit);
+        id
+    };
+    let mended = blocked("mended").await;
+    house.rotations.set(&root, mended.clone(), &of("key")).await.unwrap();
+    let over = rotate(&house.rotations, administrator(), &mended).await.unwrap();
+    assert_eq!(house.described(&mended).await.current(), token_of(&over));
+    assert_ne!(house.value(&mended).await, r#"{"key":"first-value"}"#);
+
+    let removed = blocked("removed").await;
+    house.rotations.remove(&root, removed.clone()).await.unwrap();
+    assert_eq!(reason(house.rotations.get(&root, removed.clone()).await), Reason::RotationNotFound);
+    assert_eq!(house.value(&removed).await, r#"{"key":"first-value"}"#);
+    house.end().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_rotation_that_is_set_anew_keeps_its_past_and_its_time() {
     let house = House::start().await;
@@ -785,6 +863,8 @@ async fn converges(fault: Fault) {
                 Over::Ended { ending: Ending::Rotated, .. } | Over::TooSoon { .. } => break,
                 // The lease was taken, and the answer lost: it ends by itself.
                 Over::InProgress { .. } => house.clock.advance(Duration::from_secs(61)),
+                // A target is not asked at once again, however often somebody asks for it.
+                Over::Unfinished { .. } => house.clock.advance(Duration::from_secs(5)),
                 _ => {}
             }
             tries += 1;
