@@ -48,7 +48,7 @@ pub(super) struct Args {
     #[arg(long, conflicts_with_all = ["wait", "no_wait"])]
     due: bool,
     /// Only show what is due
-    #[arg(long, requires = "due")]
+    #[arg(long, requires = "due", conflicts_with = "names")]
     dry_run: bool,
     /// Wait until it is over, also through failures that may pass; the default
     #[arg(long, overrides_with = "no_wait")]

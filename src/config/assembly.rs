@@ -316,7 +316,7 @@ impl Running {
     fn house(&self, limits: server::Limits, doors: &[Bound], shutdown: watch::Receiver<bool>) -> House {
         let (broker, clock) = (&self.broker, &self.clock);
         let kv: Arc<dyn Kv> = Arc::new(self.kv.clone());
-        let checks = health::checks(broker, &kv, &self.ring, doors, clock);
+        let checks = health::checks((broker, &self.rotations), &kv, &self.ring, doors, clock);
         let server::Limits { per_principal, per_address, strangers, .. } = limits;
         House {
             broker: Arc::clone(broker),

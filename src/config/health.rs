@@ -7,6 +7,7 @@ use crate::clock::SharedClock;
 use crate::crypto::KeyRing;
 use crate::environment::StoreChoice;
 use crate::kv::Kv;
+use crate::rotation::service::Rotations;
 use crate::server::Bound;
 use crate::server::health::{Check, Problem};
 use crate::server::tls::Tls;
@@ -16,7 +17,7 @@ use super::state;
 /// The checks of a broker. Without kv, audit log, policies and root key it takes no calls; a store that is away is
 /// shown, and its environment goes on with what is cached.
 pub(super) fn checks(
-    broker: &Arc<Broker>,
+    (broker, rotations): (&Arc<Broker>, &Arc<Rotations>),
     kv: &Arc<dyn Kv>,
     ring: &Arc<KeyRing>,
     doors: &[Bound],
@@ -26,6 +27,8 @@ pub(super) fn checks(
     let mut checks =
         vec![kv_answers(kv), log_is_written(broker), policies_are_there(broker), key_fits(kv, ring)];
     checks.push(policies_are_the_newest(broker));
+    checks.push(scheduler_looks(rotations));
+    checks.push(no_rotation_is_blocked(rotations));
     checks.extend(broker.registry().iter().map(|environment| {
         let every = match environment.store {
             StoreChoice::Sealed => Check::OFTEN,
@@ -76,6 +79,39 @@ fn policies_are_the_newest(broker: &Arc<Broker>) -> Check {
                     Err("the policies in the folder were refused; the last good set is in force".to_owned())
                 }
                 false => Ok(()),
+            }
+        }
+    })
+}
+
+/// A scheduler that does not look any more rotates nothing, and nobody would notice for a month.
+fn scheduler_looks(rotations: &Arc<Rotations>) -> Check {
+    const STUCK: u64 = 60;
+    let rotations = Arc::clone(rotations);
+    Check::shown("rotation_scheduler", Check::OFTEN, move || {
+        let looked = rotations.figures().scheduler_looked;
+        async move {
+            match looked {
+                Some(seconds) if seconds > STUCK => {
+                    Err(format!("the scheduler last looked {seconds} s ago; restart the broker"))
+                }
+                Some(_) | None => Ok(()),
+            }
+        }
+    })
+}
+
+fn no_rotation_is_blocked(rotations: &Arc<Rotations>) -> Check {
+    let rotations = Arc::clone(rotations);
+    Check::shown("rotations", Check::OFTEN, move || {
+        let health = rotations.figures().health;
+        let blocked = health.iter().find(|(health, _)| *health == "blocked").map_or(0, |(_, count)| *count);
+        async move {
+            match blocked {
+                0 => Ok(()),
+                blocked => {
+                    Err(format!("{blocked} blocked: a person is needed; see `claviger rotation list`"))
+                }
             }
         }
     })

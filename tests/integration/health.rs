@@ -379,7 +379,7 @@ impl Figures {
     /// Buckets stand in the order of their bounds, each with those before it.
     fn check_histograms(&self, text: &str) {
         let mut before: Option<(String, f64)> = None;
-        for line in text.lines().filter(|line| line.contains("le=\"")) {
+        for line in text.lines().filter(|line| line.contains("_bucket{")) {
             let (series, count) = line.rsplit_once(' ').unwrap();
             let count: f64 = count.parse().unwrap();
             let (start, rest) = series.split_once("le=\"").unwrap();
