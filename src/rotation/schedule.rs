@@ -368,7 +368,8 @@ fn average(pattern: &Cron) -> Option<Duration> {
     Some(last.duration_since(first).unsigned_abs() / FEW)
 }
 
-fn later(at: Timestamp, by: Duration) -> Timestamp {
+/// `at` and so much more; the end of time where that is beyond it.
+pub(super) fn later(at: Timestamp, by: Duration) -> Timestamp {
     at.saturating_add(by).unwrap_or(Timestamp::MAX)
 }
 

@@ -8,11 +8,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use claviger::proto::v1;
+use claviger::proto::v1::rotation_service_client::RotationServiceClient;
 use rustix::process::Signal;
 use tokio_stream::StreamExt as _;
 
 use crate::support::program::{Program, Served};
-use crate::support::secrets;
+use crate::support::{channel, secrets};
 
 const NAMES: usize = 50;
 
@@ -50,6 +51,36 @@ fn put(name: usize, value: u64) -> v1::PutSecretRequest {
         client_request_token: claviger::secret::VersionId::generate().to_string(),
         ..Default::default()
     }
+}
+
+/// A secret of its own each time, with a rotation that is set, made and removed.
+async fn rotated(program: &Program, turn: u64) {
+    let (environment, name) = ("development".to_owned(), format!("rotated/{turn}"));
+    let first = v1::PutSecretRequest { name: name.clone(), ..put(0, turn) };
+    secrets(&program.socket).await.put_secret(first).await.unwrap();
+    let mut rotations = RotationServiceClient::new(channel(&program.socket).await);
+    let definition = "rotator = \"random\"\nschedule = \"every 30d\"\n".to_owned();
+    let set = v1::SetRotationRequest {
+        environment: environment.clone(),
+        name: name.clone(),
+        definition,
+        ..Default::default()
+    };
+    rotations.set_rotation(set).await.unwrap();
+    let rotate = v1::RotateRequest {
+        environment: environment.clone(),
+        name: name.clone(),
+        wait: true,
+        ..Default::default()
+    };
+    let mut told = rotations.rotate(rotate).await.unwrap().into_inner();
+    let mut result = String::new();
+    while let Some(answer) = told.next().await {
+        result = answer.unwrap().step.unwrap().result;
+    }
+    assert_eq!(result, "rotated", "{name}");
+    let remove = v1::RemoveRotationRequest { environment, name, ..Default::default() };
+    rotations.remove_rotation(remove).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -124,6 +155,7 @@ async fn nothing_grows_under_everything_that_callers_do() {
         let created: serde_json::Value = serde_json::from_str(&created).unwrap();
         program.ok(["token", "revoke", created["token"]["id"].as_str().unwrap()]);
         program.ok(["cache", "purge", "-e", "development"]);
+        rotated(&program, turn).await;
         std::fs::write(policies.join("soak.cedar"), format!("// turn {turn}\n")).unwrap();
         samples.push(Sample::of(&program, &admin).await);
     }

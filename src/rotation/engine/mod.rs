@@ -13,6 +13,7 @@
 //! INVARIANT: no effect begins unless the lease is live by this process's own clock, with time left for the effect. What
 //! a pause defeats of that, the fence at the target and the compare-and-swaps of record and labels make good.
 
+mod order;
 mod pace;
 mod work;
 
@@ -25,12 +26,14 @@ use std::time::Duration;
 use jiff::Timestamp;
 use tokio::sync::{Semaphore, watch};
 
+pub use self::order::{Order, Over, Settings, Told, When};
 use self::pace::{Pace, backoff, share};
 use self::work::Work;
 use super::definition::Definition;
 use super::ledger::{Begin, Lease, Ledger, Saved, Taken};
 use super::machine::{Activation, Block, Effect, Ending, Event, Phase, Rest, Traits};
 use super::record::{Rotation, Run};
+use super::schedule::later;
 use super::{Failure, Trouble, schedule};
 use crate::broker::{self, Broker, Call};
 use crate::clock::SharedClock;
@@ -43,113 +46,6 @@ const BUSY: Duration = Duration::from_secs(2);
 
 /// The group that policies know the engine by.
 pub const PRINCIPAL: &str = "rotation-engine";
-
-/// How the engine works.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Settings {
-    /// The first failure is tried again within this.
-    pub retry_from: Duration,
-    /// And however many there were, within this. What needs a person is looked at again this rarely.
-    pub retry_to: Duration,
-    /// How many runs are worked on at once.
-    pub concurrency: usize,
-    /// How long a run belongs to one who gives no sign of life.
-    pub lease: Duration,
-    /// How long one step may take. What takes longer is not waited for, and counts as not known.
-    pub step: Duration,
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Self {
-            retry_from: Duration::from_secs(5),
-            retry_to: Duration::from_secs(3_600),
-            concurrency: 8,
-            lease: Duration::from_secs(60),
-            step: Duration::from_secs(20),
-        }
-    }
-}
-
-/// When a run may begin.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum When {
-    /// If it is due; a run in progress is taken up if it is time.
-    IfDue,
-    /// The same, and if nobody else is at its target: for who comes by again anyway.
-    IfDueAndFree,
-    /// Now, however long the schedule has yet to go; a run in progress is taken up at once.
-    Now,
-}
-
-/// What is asked of the engine, and by whom.
-#[derive(Debug, Clone)]
-pub struct Order {
-    /// `schedule`, or the principal.
-    pub asked_by: String,
-    /// The request that it was asked with.
-    pub request_id: Option<String>,
-    /// When.
-    pub when: When,
-}
-
-/// What is told of a run while it goes on.
-#[derive(Debug, Clone)]
-pub enum Told {
-    /// A phase begins.
-    Phase {
-        /// The pending version.
-        token: Option<VersionId>,
-        /// The phase.
-        phase: Phase,
-    },
-    /// It is over, for now or for good.
-    Over(Over),
-}
-
-/// How an activation came out.
-#[derive(Debug, Clone)]
-pub enum Over {
-    /// The run is over.
-    Ended {
-        /// How.
-        ending: Ending,
-        /// The pending version, where one was claimed.
-        token: Option<VersionId>,
-    },
-    /// Someone else works on it.
-    InProgress {
-        /// The pending version, where one was claimed.
-        token: Option<VersionId>,
-        /// How far it may be.
-        phase: Phase,
-    },
-    /// It is tried again later; where the trouble needs a person, it is blocked.
-    Unfinished {
-        /// The pending version, where one was claimed.
-        token: Option<VersionId>,
-        /// Why.
-        failure: Failure,
-        /// When.
-        retry_at: Timestamp,
-    },
-    /// It is not due.
-    Skipped {
-        /// When it is.
-        until: Timestamp,
-    },
-    /// The last rotation is too fresh: users may hold the value before it.
-    TooSoon {
-        /// When the next one may begin.
-        until: Timestamp,
-    },
-    /// It is paused.
-    Paused,
-    /// It could not be begun.
-    Refused(Failure),
-    /// No rotation is set for this secret.
-    NotSet,
-}
 
 /// Carries runs on.
 pub struct Engine {
@@ -592,10 +488,6 @@ impl fmt::Debug for Engine {
 /// broker or a client: the time to live, which caches stretch by a tenth at most.
 fn longest_ttl(environment: &Environment) -> Duration {
     environment.ttl + environment.ttl / 10
-}
-
-fn later(at: Timestamp, by: Duration) -> Timestamp {
-    at.saturating_add(by).unwrap_or(Timestamp::MAX)
 }
 
 fn claimed(rotation: &Rotation) -> Option<VersionId> {

@@ -8,6 +8,7 @@ use super::super::Failure;
 use super::super::engine::Engine;
 use super::super::record::{Health, Rotation, Run};
 use super::super::schedule::Verdict;
+use super::super::schedule::later;
 use super::{Works, is_retiring, put_off, verdict};
 use crate::secret::{EnvironmentName, SecretId, SecretName};
 
@@ -111,8 +112,4 @@ async fn hasten(engine: &Engine, id: &SecretId, from: Timestamp, to: Timestamp) 
         Ok((mended, ()))
     };
     engine.ledger().update(id, change).await
-}
-
-fn later(at: Timestamp, by: Duration) -> Timestamp {
-    at.saturating_add(by).unwrap_or(Timestamp::MAX)
 }
