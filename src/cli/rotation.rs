@@ -24,6 +24,7 @@ use super::output::{self, moment, printable, table};
 use super::rotated::{Trouble, given, when};
 use super::{CliError, Context, Exit};
 use crate::client::ClientError;
+use crate::error::Reason;
 use crate::proto::v1;
 use crate::secret::SecretName;
 
@@ -98,8 +99,8 @@ async fn set(args: SetArgs, context: &Context) -> Result<(), CliError> {
         definition: definition(&args.file)?,
         reason: context.reason(),
     };
-    let answer =
-        connect(context).await?.rotations().set_rotation(request).await.map_err(ClientError::from)?;
+    let answer = connect(context).await?.rotations().set_rotation(request).await;
+    let answer = answer.map_err(|status| of_file(&args.file, ClientError::from(status).into()))?;
     let shape = Shape::read(answer.into_inner().rotation)?;
     let now = context.clock.now();
     context.output.answer(&shape, || {
@@ -107,6 +108,14 @@ async fn set(args: SetArgs, context: &Context) -> Result<(), CliError> {
         let next = when(shape.next_at, now);
         format!("{}: set, rotator {}, {}; next {next}", shape.id(), printable(rotator), printable(schedule))
     })
+}
+
+/// The broker says where in the definition something is wrong; which file that is, only this side knows.
+fn of_file(file: &Path, mut error: CliError) -> CliError {
+    if error.reason == Some(Reason::InvalidConfig) {
+        error.message = format!("{}: {}", printable(&file.display().to_string()), error.message);
+    }
+    error
 }
 
 async fn remove(args: NameArgs, context: &Context) -> Result<(), CliError> {
