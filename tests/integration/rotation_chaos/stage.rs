@@ -338,6 +338,16 @@ impl Stage {
         self.get(None).await
     }
 
+    /// Whether a reader gets anything.
+    pub(super) async fn serves(&self) -> bool {
+        let request = v1::GetSecretRequest {
+            environment: ENVIRONMENT.to_owned(),
+            name: NAME.to_owned(),
+            ..Default::default()
+        };
+        self.secrets().await.get_secret(request).await.is_ok()
+    }
+
     /// A version, whatever labels it has.
     pub(super) async fn version(&self, version: &str) -> v1::Secret {
         let selector = v1::selector::Selector::VersionId(version.to_owned());
