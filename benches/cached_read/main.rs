@@ -42,6 +42,10 @@ fn main() {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match *arguments.as_slice() {
         ["--serve", what, folder] => server::serve(what, Path::new(folder)),
+        ["--ask", address, token, connections, streams, times] => {
+            let number = |text: &str| text.parse().expect("a number");
+            reads::ask(address, token, number(connections), number(streams), times.parse().unwrap());
+        }
         ["--memory"] => memory::fill(),
         _ => match Options::parse(&arguments) {
             Ok(options) => measure(&options),

@@ -119,13 +119,15 @@ impl Scheduler {
 
     async fn look(&mut self) {
         let monotonic = self.works.engine.clock().monotonic();
+        // The time first: one that was read behind this look at the clocks could be of a step that it did not see.
+        let now = self.works.engine.clock().now();
         let held = self.works.steps.held();
         self.mind_the_time(monotonic, held.is_some());
         self.works.figures.note_look(monotonic);
         self.measure(monotonic).await;
         self.begin_survey(monotonic, held.is_some());
         self.aside.retain(|_, until| *until > monotonic);
-        self.more = match self.take_up_what_is_due(monotonic, held).await {
+        self.more = match self.take_up_what_is_due(now, monotonic, held).await {
             Ok(more) => more,
             Err(failure) => {
                 tracing::warn!(%failure, "what is due can't be read; tried again in a moment");
@@ -174,13 +176,13 @@ impl Scheduler {
     /// Whether there is more than one look takes.
     async fn take_up_what_is_due(
         &mut self,
+        now: Timestamp,
         monotonic: Duration,
         held: Option<Duration>,
     ) -> Result<bool, Failure> {
         if self.free() == 0 {
             return Ok(false);
         }
-        let now = self.works.engine.clock().now();
         let limit = (BATCH + self.busy.len() + self.aside.len()).min(MOST);
         let mut due = self.works.engine.ledger().due(now, None, limit).await?;
         due.retain(|id| !self.aside.contains_key(id) && !self.busy.values().any(|busy| busy == id));

@@ -86,10 +86,11 @@ struct Round {
 impl Round {
     async fn over(self) -> Result<(), BrokerError> {
         self.environment_is_declared().await?;
+        // Read first: a step behind the look at the clocks must not make more due.
+        let now = self.works.engine.clock().now();
         if !self.dry_run {
             self.clock_is_believed().await?;
         }
-        let now = self.works.engine.clock().now();
         let due = self.works.engine.ledger().due(now, self.environment.as_ref(), MOST).await?;
         let (permitted, left_out) = self.divide(due).await;
         self.record_left_out(&permitted, &left_out).await?;
