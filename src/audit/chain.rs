@@ -15,19 +15,15 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::ser::Formatter;
 
 use super::checkpoint::Checkpoint;
+use super::encode::{Batch, acts};
 use super::{AuditError, Kind, Record};
 
 /// The longest line that a reader takes into memory, in bytes without the newline. What the writer makes is shorter
-/// by construction: see [`bound`].
+/// by construction: see `encode`.
 pub(super) const MAX_LINE: usize = 1 << 20;
 
 /// What a line has around its fields in bytes, at most: hash, sequence, previous hash, time and instance.
 pub(super) const FRAME: usize = 320;
-
-const MAX_TEXT: usize = 1_024;
-const MAX_REASON: usize = 512;
-const MAX_ITEMS: usize = 64;
-const MAX_ITEM: usize = 256;
 
 const HEX: usize = 64;
 
@@ -162,31 +158,39 @@ impl Entry {
 pub(super) struct Fields(Vec<u8>);
 
 impl Fields {
-    /// Encodes a record, its texts cut to their bounds. A record without a kind is an access.
-    pub(super) fn of_record(mut record: Record) -> Result<Self, AuditError> {
-        match *record.kind.get_or_insert(Kind::Access) {
-            Kind::Access | Kind::Intent | Kind::Policy => {}
-            kind => return Err(AuditError::Record(format!("kind {kind:?} is the log's own"))),
-        }
-        bound(&mut record);
-        Self::encode(&record)
-    }
-
     pub(super) fn of_notice(notice: &Notice) -> Result<Self, AuditError> {
-        Self::encode(notice)
+        Self::of(notice)
     }
 
-    /// Size in bytes.
-    pub(super) fn len(&self) -> usize {
-        self.0.len()
-    }
-
-    fn encode(fields: &impl Serialize) -> Result<Self, AuditError> {
+    /// Anything that is written as such an object.
+    pub(super) fn of(fields: &impl Serialize) -> Result<Self, AuditError> {
         let mut bytes = Vec::with_capacity(384);
         match fields.serialize(&mut serde_json::Serializer::with_formatter(&mut bytes, Quiet)) {
             Ok(()) => Ok(Self(bytes)),
             Err(error) => Err(AuditError::Record(format!("it can't be encoded: {error}"))),
         }
+    }
+
+    pub(super) fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+/// A record's fields, where its kind is one that callers may write.
+pub(super) fn encode(record: &Record) -> Result<Batch, AuditError> {
+    let mut batch = Batch::with_capacity(1);
+    encode_into(&mut batch, record)?;
+    Ok(batch)
+}
+
+/// The same, behind others.
+pub(super) fn encode_into(batch: &mut Batch, record: &Record) -> Result<(), AuditError> {
+    match record.kind.unwrap_or(Kind::Access) {
+        Kind::Access | Kind::Intent | Kind::Policy => {
+            batch.push(&record.view());
+            Ok(())
+        }
+        kind => Err(AuditError::Record(format!("kind {kind:?} is the log's own"))),
     }
 }
 
@@ -203,71 +207,13 @@ impl Formatter for Quiet {
             return writer.write_all(fragment.as_bytes());
         }
         for c in fragment.chars() {
-            let acts =
-                matches!(c, '\u{200e}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-            if acts || c.is_control() {
+            if acts(c) || c.is_control() {
                 write!(writer, "\\u{:04x}", u32::from(c))?;
             } else {
                 write!(writer, "{c}")?;
             }
         }
         Ok(())
-    }
-}
-
-/// Cuts what a stranger may have written. A JSON string is at most six times its text, so that a line stays below
-/// 6 × (14 × 1,024 + 512 + 2 × 64 × 256) bytes and a few hundred more, a third of [`MAX_LINE`].
-fn bound(record: &mut Record) {
-    let Record {
-        kind: _,
-        principal,
-        proof,
-        source_address,
-        action,
-        operation,
-        environment,
-        secret,
-        field,
-        version_id,
-        labels,
-        source,
-        stale: _,
-        decision,
-        policies,
-        outcome: _,
-        error,
-        request_id,
-        reason,
-        detail,
-    } = record;
-    cut(reason, MAX_REASON);
-    for text in [
-        principal,
-        proof,
-        source_address,
-        action,
-        operation,
-        environment,
-        secret,
-        field,
-        version_id,
-        source,
-        decision,
-        error,
-        request_id,
-        detail,
-    ] {
-        cut(text, MAX_TEXT);
-    }
-    for list in [labels, policies] {
-        list.truncate(MAX_ITEMS);
-        list.iter_mut().for_each(|item| cut(item, MAX_ITEM));
-    }
-}
-
-fn cut(text: &mut String, most: usize) {
-    if text.len() > most {
-        text.truncate(text.floor_char_boundary(most));
     }
 }
 
@@ -286,14 +232,14 @@ impl Lines {
     }
 
     /// Adds the line that follows `head` and returns the new head.
-    pub(super) fn push(&mut self, head: Head, time: &str, fields: &Fields) -> Head {
+    pub(super) fn push(&mut self, head: Head, time: &str, fields: &[u8]) -> Head {
         let Self { instance, bytes, body } = self;
         let seq = head.seq + 1;
         body.clear();
         // Writing to memory can't fail.
         let _ =
             write!(body, r#""seq":{seq},"prev":"{}","time":"{time}","instance":"{instance}","#, head.hash);
-        body.extend_from_slice(fields.0.strip_prefix(b"{").unwrap_or_default());
+        body.extend_from_slice(fields.strip_prefix(b"{").unwrap_or_default());
         let hash = ChainHash::of_body(body);
         let _ = write!(bytes, r#"{{"hash":"{hash}","#);
         bytes.append(body);
@@ -401,7 +347,7 @@ mod tests {
 
     fn line(record: Record) -> String {
         let mut lines = Lines::new("a");
-        lines.push(Head::genesis("a"), TIME, &Fields::of_record(record).unwrap());
+        lines.push(Head::genesis("a"), TIME, encode(&record).unwrap().iter().next().unwrap());
         String::from_utf8(lines.bytes().to_vec()).unwrap()
     }
 
@@ -430,9 +376,9 @@ mod tests {
     #[test]
     fn a_line_comes_back_and_lines_follow_each_other() {
         let mut lines = Lines::new("a");
-        let fields = Fields::of_record(Record { action: "read".to_owned(), ..Record::default() }).unwrap();
-        let first = lines.push(Head::genesis("a"), TIME, &fields);
-        let second = lines.push(first, TIME, &Fields::of_notice(&Notice::Shutdown {}).unwrap());
+        let fields = encode(&Record { action: "read".to_owned(), ..Record::default() }).unwrap();
+        let first = lines.push(Head::genesis("a"), TIME, fields.iter().next().unwrap());
+        let second = lines.push(first, TIME, Fields::of_notice(&Notice::Shutdown {}).unwrap().as_bytes());
         let text = std::str::from_utf8(lines.bytes()).unwrap();
         let frames: Vec<_> = text.lines().map(|line| Frame::parse(line.as_bytes()).unwrap()).collect();
         assert!(frames.iter().all(Frame::is_authentic));
@@ -463,7 +409,7 @@ mod tests {
             Notice::Retention { first: 9, first_prev: hash, removed: 1 },
         ] {
             let mut lines = Lines::new("a");
-            lines.push(Head::genesis("a"), TIME, &Fields::of_notice(&notice).unwrap());
+            lines.push(Head::genesis("a"), TIME, Fields::of_notice(&notice).unwrap().as_bytes());
             let frame = Frame::parse(lines.bytes().strip_suffix(b"\n").unwrap()).unwrap();
             assert_eq!(frame.entry().unwrap(), Entry::Notice(notice));
         }
@@ -522,7 +468,7 @@ mod tests {
             [Kind::Start, Kind::Shutdown, Kind::Checkpoint, Kind::Repaired, Kind::Lost, Kind::Retention]
         {
             let record = Record { kind: Some(kind), ..Record::default() };
-            assert!(matches!(Fields::of_record(record), Err(AuditError::Record(_))), "{kind:?}");
+            assert!(matches!(encode(&record), Err(AuditError::Record(_))), "{kind:?}");
         }
     }
 

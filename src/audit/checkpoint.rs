@@ -308,7 +308,7 @@ mod tests {
     fn line(statement: &Statement<'_>, checkpoint: &Checkpoint) -> String {
         let mut lines = Lines::new(statement.instance);
         let fields = Fields::of_notice(&Notice::Checkpoint(checkpoint.clone())).unwrap();
-        lines.push(statement.head, statement.time, &fields);
+        lines.push(statement.head, statement.time, fields.as_bytes());
         String::from_utf8(lines.bytes().to_vec()).unwrap().trim_end().to_owned()
     }
 

@@ -9,7 +9,8 @@ use std::time::Duration;
 use jiff::Timestamp;
 use tokio::sync::broadcast;
 
-use super::chain::Fields;
+use super::chain::{encode, encode_into};
+use super::encode::Batch;
 use super::checkpoint::{SigningKey, VerifyingKey};
 use super::figures::Figures;
 use super::queue::{Queue, Work};
@@ -170,8 +171,7 @@ impl Log {
     /// or has not answered for [`ANSWER_WITHIN`](super::ANSWER_WITHIN), in which case the record may still appear when
     /// it does; [`AuditError::Closed`]; [`AuditError::Record`] where its kind is one of the log's own.
     pub async fn append(&self, record: Record, durability: Durability) -> Result<u64, AuditError> {
-        let first = Fields::of_record(record)?;
-        self.submit(Work::Records { first, more: Vec::new(), durability, claim: None }).await
+        self.append_encoded(encode(&record)?, durability).await
     }
 
     /// Appends records that stand next to each other, all or none. No record is no error.
@@ -179,10 +179,20 @@ impl Log {
     /// # Errors
     /// As [`append`](Self::append).
     pub async fn append_all(&self, records: Vec<Record>, durability: Durability) -> Result<(), AuditError> {
-        let mut fields = records.into_iter().map(Fields::of_record);
-        let Some(first) = fields.next().transpose()? else { return Ok(()) };
-        let more = fields.collect::<Result<_, _>>()?;
-        self.submit(Work::Records { first, more, durability, claim: None }).await.map(|_| ())
+        let mut batch = Batch::with_capacity(records.len());
+        records.iter().try_for_each(|record| encode_into(&mut batch, record))?;
+        if batch.is_empty() {
+            return Ok(());
+        }
+        self.append_encoded(batch, durability).await.map(|_| ())
+    }
+
+    /// Appends records that are encoded already, all or none, and gives the sequence of the last. There must be one.
+    ///
+    /// # Errors
+    /// As [`append`](Self::append).
+    pub async fn append_encoded(&self, records: Batch, durability: Durability) -> Result<u64, AuditError> {
+        self.submit(Work::Records { records, durability, claim: None }).await
     }
 
     /// Sets `bytes` of the disk aside: as long as the reservation is held, records that are appended
@@ -215,14 +225,18 @@ impl Log {
         record: Record,
         durability: Durability,
     ) -> Result<u64, AuditError> {
-        let first = Fields::of_record(record)?;
-        let claim = reservation.claim(&self.inner.shared, &first)?;
-        self.submit(Work::Records { first, more: Vec::new(), durability, claim }).await
+        let records = encode(&record)?;
+        let claim = reservation.claim(&self.inner.shared, &records)?;
+        self.submit(Work::Records { records, durability, claim }).await
     }
 
     async fn submit(&self, work: Work) -> Result<u64, AuditError> {
         let queue = &self.inner.shared.queue;
-        let answer = queue.push(work)?;
+        let (answer, nudge) = queue.push(work)?;
+        if let Some(nudge) = nudge {
+            let shared = Arc::clone(&self.inner.shared);
+            nudge.send(move || shared.queue.nudge());
+        }
         answer.await.unwrap_or_else(|_| Err(queue.stopped()))
     }
 

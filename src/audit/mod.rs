@@ -30,6 +30,7 @@
 
 mod chain;
 mod checkpoint;
+mod encode;
 mod expected;
 mod figures;
 mod handover;
@@ -49,8 +50,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Reason, Reasoned};
 
+#[cfg(test)]
+use chain::Fields;
+
 pub use chain::ChainHash;
 pub use checkpoint::{SigningKey, VerifyingKey};
+pub use encode::{Batch, Texts, View};
 pub use figures::Figures;
 pub use handover::hands_over;
 pub use log::{Log, Settings};
@@ -84,6 +89,24 @@ pub enum Kind {
     Policy,
 }
 
+impl Kind {
+    /// The kind as lines have it.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Access => "access",
+            Self::Intent => "intent",
+            Self::Start => "start",
+            Self::Shutdown => "shutdown",
+            Self::Checkpoint => "checkpoint",
+            Self::Repaired => "repaired",
+            Self::Lost => "lost",
+            Self::Retention => "retention",
+            Self::Policy => "policy",
+        }
+    }
+}
+
 /// How it ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -100,6 +123,21 @@ pub enum Outcome {
     NotFound,
     /// It failed for another reason.
     Failed,
+}
+
+impl Outcome {
+    /// The outcome as lines have it.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Unchanged => "unchanged",
+            Self::Denied => "denied",
+            Self::Unauthenticated => "unauthenticated",
+            Self::NotFound => "not_found",
+            Self::Failed => "failed",
+        }
+    }
 }
 
 /// What happened, without sequence, time and chain, which the log adds. No field ever holds a value.
@@ -167,6 +205,35 @@ pub struct Record {
     /// What else is worth knowing, in the broker's words.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub detail: String,
+}
+
+impl Record {
+    /// The record as it is written.
+    #[must_use]
+    pub fn view(&self) -> View<'_> {
+        View {
+            kind: self.kind,
+            principal: &self.principal,
+            proof: &self.proof,
+            source_address: &self.source_address,
+            action: &self.action,
+            operation: &self.operation,
+            environment: &self.environment,
+            secret: &self.secret,
+            field: &self.field,
+            version_id: &self.version_id,
+            labels: Texts::Owned(&self.labels),
+            source: &self.source,
+            stale: self.stale,
+            decision: &self.decision,
+            policies: Texts::Owned(&self.policies),
+            outcome: self.outcome,
+            error: &self.error,
+            request_id: &self.request_id,
+            reason: &self.reason,
+            detail: &self.detail,
+        }
+    }
 }
 
 /// Why there is no record, or the log can't be read.

@@ -4,6 +4,10 @@
 //! wake-up and a sync is shared by however many arrived meanwhile. The queue is bounded: what finds no room is refused
 //! at once, and so nothing is served, rather than that memory runs out.
 //!
+//! A caller that is a task does not wake the writer itself: it asks for a [`Nudge`], a task behind all those that are
+//! ready now, which wakes it for all of them. Else the writer would be awake for the first of them alone, and back with its
+//! answer while the second is still on its way.
+//!
 //! ```text
 //!   push ─┬▶ works ───take──▶ the writer ─▶ the disk
 //!         └▶ waiters ─take─▶ in flight ───settle──▶ answered
@@ -22,11 +26,11 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::runtime::Handle;
+use tokio::runtime::{Handle, Id};
 use tokio::sync::oneshot;
 
-use super::chain::Fields;
 use super::checkpoint::SigningKey;
+use super::encode::Batch;
 use super::figures::{Counters, Figures};
 use super::reserve::{Claim, Hold};
 use super::{ANSWER_WITHIN, AuditError};
@@ -51,7 +55,7 @@ type Ending = Result<(), AuditError>;
 #[derive(Debug)]
 pub(super) enum Work {
     /// Records that are written together and acknowledged together; with a claim, within a reservation.
-    Records { first: Fields, more: Vec<Fields>, durability: Durability, claim: Option<Claim> },
+    Records { records: Batch, durability: Durability, claim: Option<Claim> },
     /// The log is handed over to this key.
     Handover(Box<SigningKey>),
     /// Space is to be set aside.
@@ -59,12 +63,14 @@ pub(super) enum Work {
 }
 
 impl Work {
-    pub(super) fn fields(&self) -> impl Iterator<Item = &Fields> {
-        let (first, more) = match self {
-            Self::Records { first, more, .. } => (Some(first), more.as_slice()),
-            Self::Handover(_) | Self::Reserve(_) => (None, <&[Fields]>::default()),
-        };
-        first.into_iter().chain(more)
+    /// The fields of each record.
+    pub(super) fn fields(&self) -> impl Iterator<Item = &[u8]> {
+        match self {
+            Self::Records { records, .. } => Some(records.iter()),
+            Self::Handover(_) | Self::Reserve(_) => None,
+        }
+        .into_iter()
+        .flatten()
     }
 
     pub(super) fn is_durable(&self) -> bool {
@@ -94,13 +100,16 @@ impl Work {
 
     fn records(&self) -> usize {
         match self {
-            Self::Records { more, .. } => 1 + more.len(),
+            Self::Records { records, .. } => records.len(),
             Self::Handover(_) | Self::Reserve(_) => 0,
         }
     }
 
     fn bytes(&self) -> usize {
-        self.fields().map(Fields::len).sum()
+        match self {
+            Self::Records { records, .. } => records.bytes(),
+            Self::Handover(_) | Self::Reserve(_) => 0,
+        }
     }
 }
 
@@ -112,6 +121,18 @@ pub(super) struct Waiter {
     runtime: Option<Handle>,
     since: Duration,
     records: usize,
+}
+
+/// A wake-up that is still to be sent: from a task of its own on this runtime, behind all that are ready.
+#[must_use = "the writer sleeps until it is sent"]
+#[derive(Debug)]
+pub(super) struct Nudge(Handle);
+
+impl Nudge {
+    /// Has `nudge` done in its turn.
+    pub(super) fn send(self, nudge: impl FnOnce() + Send + 'static) {
+        self.0.spawn(async move { nudge() });
+    }
 }
 
 /// Answers every waiter, in order.
@@ -186,6 +207,10 @@ struct State {
     closers: Vec<oneshot::Sender<Ending>>,
     /// Whether the writer sleeps and has not been woken yet.
     is_idle: bool,
+    /// Whether what waits is to be written now, and not when its [`Nudge`] comes.
+    is_due: bool,
+    /// The runtime that has a nudge under way.
+    nudged_by: Option<Id>,
     /// Whether the writer is to wake up though there is no work.
     is_poked: bool,
     /// Since when the writer has been busy, as far as its last sign of life tells.
@@ -198,7 +223,7 @@ struct State {
 
 impl State {
     fn is_quiet(&self) -> bool {
-        self.works.is_empty() && !self.is_poked && self.phase == Phase::Open
+        (self.works.is_empty() || !self.is_due) && !self.is_poked && self.phase == Phase::Open
     }
 
     const fn is_over(&self) -> bool {
@@ -249,6 +274,8 @@ impl Queue {
             records_in_flight: 0,
             closers: Vec::new(),
             is_idle: false,
+            is_due: false,
+            nudged_by: None,
             is_poked: false,
             busy_since: None,
             looks: 0,
@@ -266,8 +293,8 @@ impl Queue {
     }
 
     /// Hands work to the writer, and gives the end at which the caller waits. Where the caller goes away, the work is
-    /// done all the same.
-    pub(super) fn push(&self, work: Work) -> Result<oneshot::Receiver<Answer>, AuditError> {
+    /// done all the same. The nudge, where there is one, is the caller's to send.
+    pub(super) fn push(&self, work: Work) -> Result<(oneshot::Receiver<Answer>, Option<Nudge>), AuditError> {
         let (reply, answer) = oneshot::channel();
         let (records, bytes) = (work.records(), work.bytes());
         let (runtime, since) = (Handle::try_current().ok(), self.clock.monotonic());
@@ -280,9 +307,33 @@ impl Queue {
         }
         (state.records, state.bytes) = (all_records, all_bytes);
         state.works.push(work);
+        let nudge = match &runtime {
+            Some(runtime) if state.is_due || state.nudged_by == Some(runtime.id()) => None,
+            Some(runtime) => {
+                state.nudged_by = Some(runtime.id());
+                Some(Nudge(runtime.clone()))
+            }
+            None => {
+                state.is_due = true;
+                None
+            }
+        };
+        let wakes = runtime.is_none();
         state.waiters.push(Waiter { reply, runtime, since, records });
-        self.wake(state);
-        Ok(answer)
+        if wakes {
+            self.wake(state);
+        }
+        Ok((answer, nudge))
+    }
+
+    /// What waits is to be written now.
+    pub(super) fn nudge(&self) {
+        let mut state = self.lock();
+        state.nudged_by = None;
+        if !state.works.is_empty() {
+            state.is_due = true;
+            self.wake(state);
+        }
     }
 
     fn admit(&self, state: &State, records: usize, bytes: usize) -> Result<(), AuditError> {
@@ -316,7 +367,7 @@ impl Queue {
             };
             state.is_idle = false;
         }
-        state.is_poked = false;
+        (state.is_poked, state.is_due) = (false, false);
         state.lives(Some(self.clock.monotonic()));
         let State { works, waiters, in_flight, records, bytes, records_in_flight, .. } = &mut *state;
         mem::swap(works, batch);
@@ -388,7 +439,13 @@ impl Queue {
     fn look(&self, mut state: MutexGuard<'_, State>) -> bool {
         let hangs = state.look(self.clock.monotonic());
         let let_go = hangs.then(|| state.let_go());
-        drop(state);
+        if state.is_idle && !state.works.is_empty() {
+            // Its nudge is late, or went with its runtime.
+            state.is_due = true;
+            self.wake(state);
+        } else {
+            drop(state);
+        }
         if let Some(LetGo { waiters, closers, works }) = let_go {
             // What was set aside for them is there again before they can ask for more.
             drop(works);
@@ -523,16 +580,22 @@ fn wide(count: usize) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::audit::Record;
+    use crate::audit::View;
     use crate::clock::{ManualClock, SystemClock};
     use crate::error::{Reason, Reasoned};
     use jiff::Timestamp;
     use std::sync::Arc;
 
     fn group(detail: &str, more: usize) -> Work {
-        let fields = Fields::of_record(Record { detail: detail.to_owned(), ..Record::default() }).unwrap();
-        let durability = Durability::Relaxed;
-        Work::Records { first: fields.clone(), more: vec![fields; more], durability, claim: None }
+        let mut records = Batch::default();
+        (0..=more).for_each(|_| records.push(&View { detail, ..View::default() }));
+        Work::Records { records, durability: Durability::Relaxed, claim: None }
+    }
+
+    impl Queue {
+        fn pushed(&self, work: Work) -> Result<oneshot::Receiver<Answer>, AuditError> {
+            self.push(work).map(|(answer, _)| answer)
+        }
     }
 
     fn queue() -> Queue {
@@ -549,12 +612,12 @@ mod tests {
     #[test]
     fn what_finds_no_room_is_refused_and_room_comes_back() {
         let queue = queue();
-        let first = queue.push(group("", MAX_WAITING - 1)).unwrap();
-        assert_eq!(queue.push(group("", 0)).unwrap_err().reason(), Reason::AuditUnavailable);
+        let first = queue.pushed(group("", MAX_WAITING - 1)).unwrap();
+        assert_eq!(queue.pushed(group("", 0)).unwrap_err().reason(), Reason::AuditUnavailable);
         assert_eq!((queue.figures().backlog, queue.figures().failed), (wide(MAX_WAITING), 1));
         assert_eq!(taken(&queue), 1);
         assert_eq!(first.blocking_recv().unwrap().unwrap(), 1);
-        let _second = queue.push(group("", 0)).unwrap();
+        let _second = queue.pushed(group("", 0)).unwrap();
         assert_eq!(taken(&queue), 1);
         let figures = queue.figures();
         assert_eq!((figures.backlog, figures.records), (0, wide(MAX_WAITING) + 1));
@@ -565,8 +628,8 @@ mod tests {
     fn bytes_are_bounded_too() {
         let queue = queue();
         let long = "\u{1}".repeat(1_024);
-        let _waiting = queue.push(group(&long, 10_000)).unwrap();
-        let error = queue.push(group(&long, 2_000)).unwrap_err();
+        let _waiting = queue.pushed(group(&long, 10_000)).unwrap();
+        let error = queue.pushed(group(&long, 2_000)).unwrap_err();
         assert_eq!(error.reason(), Reason::AuditUnavailable);
     }
 
@@ -574,7 +637,7 @@ mod tests {
     fn a_closed_queue_refuses_and_a_failed_one_says_so() {
         let queue = queue();
         let mut closed = queue.close().unwrap();
-        assert!(matches!(queue.push(group("", 0)), Err(AuditError::Closed)));
+        assert!(matches!(queue.pushed(group("", 0)), Err(AuditError::Closed)));
         queue.finish(&Ok(()));
         assert!(closed.try_recv().unwrap().is_ok());
         assert!(queue.close().is_none());
@@ -582,10 +645,10 @@ mod tests {
         assert!(queue.trouble().is_none(), "an end in good order stays one");
 
         let queue = self::queue();
-        let mut answer = queue.push(group("", 0)).unwrap();
+        let mut answer = queue.pushed(group("", 0)).unwrap();
         queue.fail();
         assert!(answer.try_recv().is_err(), "the waiter is let go");
-        assert_eq!(queue.push(group("", 0)).unwrap_err().reason(), Reason::AuditUnavailable);
+        assert_eq!(queue.pushed(group("", 0)).unwrap_err().reason(), Reason::AuditUnavailable);
         assert_eq!(queue.trouble().unwrap().reason(), Reason::AuditUnavailable);
         assert!(queue.close().unwrap().try_recv().is_err());
         queue.watch();
@@ -600,10 +663,10 @@ mod tests {
         for runtime in &runtimes {
             let _context = runtime.enter();
             for _ in 0..3 {
-                waiters.push((Some(runtime), queue.push(group("", 0)).unwrap()));
+                waiters.push((Some(runtime), queue.pushed(group("", 0)).unwrap()));
             }
         }
-        waiters.push((None, queue.push(group("", 0)).unwrap()));
+        waiters.push((None, queue.pushed(group("", 0)).unwrap()));
         assert_eq!(taken(&queue), 7);
         for (due, (runtime, mut waiter)) in (1..).zip(waiters) {
             let answer = match runtime {
@@ -622,10 +685,10 @@ mod tests {
             let queue = Arc::clone(&queue);
             move || queue.watch()
         });
-        let in_hand = queue.push(group("in hand", 1)).unwrap();
+        let in_hand = queue.pushed(group("in hand", 1)).unwrap();
         let mut batch = Vec::new();
         queue.take(&mut batch, None);
-        let waiting = queue.push(group("waiting", 0)).unwrap();
+        let waiting = queue.pushed(group("waiting", 0)).unwrap();
         let closed = queue.close().unwrap();
         assert!(queue.trouble().is_none());
         assert_eq!(queue.figures().backlog, 3);
@@ -657,23 +720,23 @@ mod tests {
         let queue = Queue::new("log".to_owned(), clock.clone());
         queue.take(&mut Vec::new(), Some(Duration::ZERO));
         clock.advance(ANSWER_WITHIN - Duration::from_millis(1));
-        let waiting = queue.push(group("", 0));
+        let waiting = queue.pushed(group("", 0));
         assert!(waiting.is_ok(), "a slow disk is not one that hangs");
         clock.advance(Duration::from_millis(1));
         assert!(!queue.look(queue.lock()), "one look may come just after a clock was set");
-        assert!(queue.push(group("", 0)).is_ok());
+        assert!(queue.pushed(group("", 0)).is_ok());
         assert!(queue.look(queue.lock()));
-        assert_eq!(queue.push(group("", 0)).unwrap_err().reason(), Reason::AuditUnavailable);
+        assert_eq!(queue.pushed(group("", 0)).unwrap_err().reason(), Reason::AuditUnavailable);
         let mut batch = Vec::new();
         queue.take(&mut batch, Some(Duration::ZERO));
         assert!(batch.is_empty(), "what waited was let go");
-        assert!(queue.push(group("", 0)).is_ok());
+        assert!(queue.pushed(group("", 0)).is_ok());
     }
 
     #[test]
     fn each_can_have_an_answer_of_its_own() {
         let queue = queue();
-        let waiters = [0, 2, 0].map(|more| queue.push(group("", more)).unwrap());
+        let waiters = [0, 2, 0].map(|more| queue.pushed(group("", more)).unwrap());
         let mut batch = Vec::new();
         queue.take(&mut batch, Some(Duration::ZERO));
         let refused = queue.unavailable("full".to_owned());
@@ -682,6 +745,60 @@ mod tests {
         assert!(matches!(answers, [Ok(7), Err(AuditError::Unavailable { .. }), Ok(8)]), "{answers:?}");
         let figures = queue.figures();
         assert_eq!((figures.records, figures.failed, figures.latency.count, figures.backlog), (2, 3, 2, 0));
+    }
+
+    #[test]
+    fn tasks_that_are_ready_wake_the_writer_once_and_behind_the_last() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let queue = Arc::new(queue());
+        let push = |queue: Arc<Queue>| async move {
+            let (answer, nudge) = queue.push(group("", 0)).unwrap();
+            let is_first = nudge.is_some();
+            if let Some(nudge) = nudge {
+                let queue = Arc::clone(&queue);
+                nudge.send(move || queue.nudge());
+            }
+            // What another task that was ready at the same time finds.
+            (is_first, queue.lock().is_due, answer)
+        };
+        let pushed = runtime.block_on(async {
+            let tasks: Vec<_> = (0..5).map(|_| tokio::spawn(push(Arc::clone(&queue)))).collect();
+            let mut pushed = Vec::new();
+            for task in tasks {
+                pushed.push(task.await.unwrap());
+            }
+            tokio::task::yield_now().await;
+            pushed
+        });
+        assert_eq!(pushed.iter().filter(|(is_first, ..)| *is_first).count(), 1);
+        assert!(pushed.iter().all(|(_, is_due, _)| !is_due), "nobody wakes the writer before the last has pushed");
+        assert!(queue.lock().is_due && queue.lock().nudged_by.is_none());
+        assert_eq!(taken(&queue), 5);
+    }
+
+    #[test]
+    fn what_nobody_nudges_for_is_found_by_the_watch() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let queue = Arc::new(queue());
+        let writer = std::thread::spawn({
+            let queue = Arc::clone(&queue);
+            move || {
+                let mut batch = Vec::new();
+                queue.take(&mut batch, None);
+                batch.len()
+            }
+        });
+        let answer = {
+            let _context = runtime.enter();
+            queue.pushed(group("", 0)).unwrap()
+        };
+        drop(runtime);
+        while !writer.is_finished() {
+            queue.look(queue.lock());
+            std::thread::yield_now();
+        }
+        assert_eq!(writer.join().unwrap(), 1);
+        drop(answer);
     }
 
     #[test]
@@ -706,7 +823,7 @@ mod tests {
             }
         });
         clock.advance(10 * ANSWER_WITHIN);
-        let _waiting = queue.push(group("", 0)).unwrap();
+        let _waiting = queue.pushed(group("", 0)).unwrap();
         assert_eq!(writer.join().unwrap(), 1);
     }
 }

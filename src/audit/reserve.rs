@@ -23,7 +23,8 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
 use super::AuditError;
-use super::chain::{FRAME, Fields};
+use super::chain::FRAME;
+use super::encode::Batch;
 use super::log::Shared;
 
 /// The fields of a checkpoint in bytes, at most.
@@ -47,11 +48,11 @@ impl Reservation {
     }
 
     /// Takes what a record needs; `None` where there is not so much left.
-    pub(super) fn claim(&self, log: &Arc<Shared>, fields: &Fields) -> Result<Option<Claim>, AuditError> {
+    pub(super) fn claim(&self, log: &Arc<Shared>, record: &Batch) -> Result<Option<Claim>, AuditError> {
         if !Arc::ptr_eq(log, &self.hold.shared) {
             return Err(AuditError::Record("the reservation is one of another log".to_owned()));
         }
-        let bytes = room_of(fields);
+        let bytes = room_of(record.bytes());
         let taken = self.hold.rest.fetch_update(Relaxed, Relaxed, |rest| rest.checked_sub(bytes));
         Ok(taken.is_ok().then(|| Claim { hold: Arc::clone(&self.hold), bytes }))
     }
@@ -67,8 +68,8 @@ impl fmt::Debug for Reservation {
 ///
 /// Never is there more than one checkpoint for each record of a batch: each follows a record that none followed before,
 /// and only the first can owe that to a record of an earlier batch.
-fn room_of(fields: &Fields) -> u64 {
-    u64::try_from(FRAME + fields.len() + FRAME + CHECKPOINT).unwrap_or(u64::MAX)
+fn room_of(fields: usize) -> u64 {
+    u64::try_from(FRAME + fields + FRAME + CHECKPOINT).unwrap_or(u64::MAX)
 }
 
 /// A reservation's bytes, shared by its holder and by the records on their way.
@@ -139,7 +140,7 @@ impl Drop for Claim {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::audit::chain::{ChainHash, Head, Lines, Notice};
+    use crate::audit::chain::{ChainHash, Fields, Head, Lines, Notice, encode};
     use crate::audit::checkpoint::{Checkpoint, SigningKey, Statement};
     use crate::audit::{RECORD_ROOM, Record, Settings};
     use crate::clock::SystemClock;
@@ -164,15 +165,15 @@ mod tests {
         shared.queue.owed.load(Relaxed)
     }
 
-    fn fields(detail: &str) -> Fields {
-        Fields::of_record(Record { detail: detail.to_owned(), ..Record::default() }).unwrap()
+    fn fields(detail: &str) -> Batch {
+        encode(&Record { detail: detail.to_owned(), ..Record::default() }).unwrap()
     }
 
     #[test]
     fn what_is_claimed_is_spent_or_comes_back() {
         let shared = shared();
         let fields = fields("a");
-        let one = room_of(&fields);
+        let one = room_of(fields.bytes());
         let reservation = reservation(&shared, 2 * one + 1);
         let spent = reservation.claim(&shared, &fields).unwrap().unwrap();
         let dropped = reservation.claim(&shared, &fields).unwrap().unwrap();
@@ -206,7 +207,7 @@ mod tests {
     }
 
     /// The longest frame there is: of the longest name, the last sequence and the longest time.
-    fn longest(fields: &Fields) -> usize {
+    fn longest(fields: &[u8]) -> usize {
         let instance = "i".repeat(64);
         let mut lines = Lines::new(&instance);
         let head = Head { seq: u64::MAX - 1, hash: ChainHash::genesis(&instance) };
@@ -221,11 +222,13 @@ mod tests {
         let statement = Statement { instance: "a", head, generation: u64::MAX, time: "" };
         let notice = Notice::Checkpoint(Checkpoint::new(&statement, &key(), None));
         let checkpoint = Fields::of_notice(&notice).unwrap();
+        let checkpoint = checkpoint.as_bytes();
         assert!(checkpoint.len() <= CHECKPOINT, "{}", checkpoint.len());
         for text in ["", "a", &"\u{1}".repeat(1_024)] {
             let fields = fields(text);
-            let written = u64::try_from(longest(&fields) + longest(&checkpoint)).unwrap();
-            assert!(written <= room_of(&fields), "{written} > {}", room_of(&fields));
+            let written = longest(fields.iter().next().unwrap()) + longest(checkpoint);
+            let (written, room) = (u64::try_from(written).unwrap(), room_of(fields.bytes()));
+            assert!(written <= room, "{written} > {room}");
         }
     }
 
@@ -244,6 +247,6 @@ mod tests {
             detail: "d".repeat(512),
             ..Record::default()
         };
-        assert!(room_of(&Fields::of_record(record).unwrap()) <= RECORD_ROOM);
+        assert!(room_of(encode(&record).unwrap().bytes()) <= RECORD_ROOM);
     }
 }

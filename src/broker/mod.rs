@@ -86,7 +86,7 @@ pub struct Call {
     /// From where.
     pub source_address: SourceAddress,
     /// The request's id, told to the caller too.
-    pub request_id: String,
+    pub request_id: Arc<str>,
     /// Why, in the caller's words.
     pub reason: Option<String>,
 }
@@ -98,7 +98,7 @@ impl Call {
         Self {
             principal: Arc::new(principal),
             source_address: SourceAddress::Internal,
-            request_id: uuid::Uuid::new_v4().to_string(),
+            request_id: uuid::Uuid::new_v4().to_string().into(),
             reason: Some(reason.to_owned()),
         }
     }

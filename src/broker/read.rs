@@ -1,7 +1,7 @@
 //! Reads: one secret, many, names, descriptions.
 
 use super::{Broker, BrokerError, Call, record};
-use crate::audit::{Outcome, Record};
+use crate::audit::{Batch, Record};
 use crate::environment::Durability;
 use crate::error::Reason;
 use crate::policy::{Action, Grant, Resource};
@@ -61,8 +61,14 @@ impl Broker {
         let grant = self.authorize(call, "get", Action::Read, &Resource::Secret(read.id.clone())).await?;
         let fetched = self.parts.stores.get(&grant, &read.selector, freshness).await;
         let result = fetched.map_err(BrokerError::from).and_then(|fetched| disclose(&read, fetched));
-        let record = record::of_grant(call, "get", &grant).of_field(read.field.as_ref());
-        self.released(&grant, record, result, describe).await.map(|(disclosed, _)| disclosed)
+        let mut records = Batch::with_capacity(1);
+        {
+            let reads = record::Reads::of(call, "get");
+            let view = reads.permitted(&grant, read.field.as_ref());
+            records.push(&record::ended(view, result.as_ref()));
+        }
+        self.parts.log.append_encoded(records, self.durability(grant.resource())).await?;
+        result
     }
 
     /// Many secrets, each with its own result, in order. One record each; their values leave together, after all of
@@ -86,7 +92,7 @@ impl Broker {
                     return Err(self.record_rejected(call, "batch_get", ("", ""), error).await);
                 }
                 let items = items.into_iter().map(|item| self.permitted(call, item)).collect();
-                self.read_permitted(items, freshness).await
+                self.read_permitted(call, items, freshness).await
             }
         }
     }
@@ -111,7 +117,7 @@ impl Broker {
                 let resource = Resource::Secret(id.clone());
                 let read = Read { id, field: None, selector: Selector::CURRENT, if_version_id: None };
                 match self.decide(call, Action::Read, &resource) {
-                    Ok(grant) => items.push(Item::permitted(call, read, grant)),
+                    Ok(grant) => items.push(Item::Permitted(read, grant)),
                     Err((decision, error)) => {
                         let decision = decision.as_deref();
                         let record =
@@ -135,7 +141,7 @@ impl Broker {
         if !withheld.is_empty() {
             self.parts.log.append_all(withheld, self.durability(grant.resource())).await?;
         }
-        self.read_permitted(items, freshness).await
+        self.read_permitted(call, items, freshness).await
     }
 
     async fn names(&self, grant: &Grant) -> Result<Vec<crate::secret::SecretName>, BrokerError> {
@@ -160,7 +166,7 @@ impl Broker {
     fn permitted(&self, call: &Call, item: Result<Read, BrokerError>) -> Item {
         let read = match item {
             Ok(read) => read,
-            Err(error) => return Item { record: record::of_call(call, "batch_get"), ask: Err(error) },
+            Err(error) => return Item::Refused(record::of_call(call, "batch_get"), error),
         };
         let resource = Resource::Secret(read.id.clone());
         let declared = |grant: Grant| match self.parts.registry.get(&read.id.environment) {
@@ -168,49 +174,58 @@ impl Broker {
             Err(error) => Err((Some(grant.decision().clone()), error.into())),
         };
         match self.decide(call, Action::Read, &resource).and_then(declared) {
-            Ok(grant) => Item::permitted(call, read, grant),
+            Ok(grant) => Item::Permitted(read, grant),
             Err((decision, error)) => {
                 let decision = decision.as_deref();
                 let record = record::of_resource(call, "batch_get", Action::Read, &resource, decision);
-                Item { record: record.of_field(read.field.as_ref()), ask: Err(error) }
+                Item::Refused(record.of_field(read.field.as_ref()), error)
             }
         }
     }
 
     async fn read_permitted(
         &self,
+        call: &Call,
         items: Vec<Item>,
         freshness: Freshness,
     ) -> Result<Vec<Result<Disclosed, BrokerError>>, BrokerError> {
         let asked: Vec<_> = items
             .iter()
-            .filter_map(|item| item.ask.as_ref().ok())
-            .map(|(read, grant)| (grant, read.selector.clone()))
+            .filter_map(|item| match item {
+                Item::Permitted(read, grant) => Some((grant, read.selector.clone())),
+                Item::Refused(..) => None,
+            })
             .collect();
         let mut answers = self.parts.stores.batch_get(&asked, freshness).await.into_iter();
         let mut durability = Durability::Relaxed;
-        let mut records = Vec::with_capacity(items.len());
+        let mut records = Batch::with_capacity(items.len());
         let mut results = Vec::with_capacity(items.len());
+        let reads = record::Reads::of(call, "batch_get");
         for item in items {
-            let result = item.ask.and_then(|(read, grant)| {
-                if self.durability(grant.resource()) == Durability::Durable {
-                    durability = Durability::Durable;
+            let result = match item {
+                Item::Permitted(read, grant) => {
+                    let missing =
+                        || BrokerError::rejected(Reason::Internal, "the store gave fewer answers than asked");
+                    let fetched = answers.next().ok_or_else(missing);
+                    let result = fetched.and_then(|fetched| disclose(&read, fetched?));
+                    if result.is_err() || self.durability(grant.resource()) == Durability::Durable {
+                        durability = Durability::Durable;
+                    }
+                    let view = reads.permitted(&grant, read.field.as_ref());
+                    records.push(&record::ended(view, result.as_ref()));
+                    result
                 }
-                let missing =
-                    || BrokerError::rejected(Reason::Internal, "the store gave fewer answers than asked");
-                let fetched = answers.next().ok_or_else(missing)?;
-                disclose(&read, fetched?)
-            });
-            records.push(match &result {
-                Ok(answer) => describe(answer, item.record),
-                Err(error) => {
+                Item::Refused(record, error) => {
                     durability = Durability::Durable;
-                    item.record.ended(error)
+                    records.push(&record.ended(&error).view());
+                    Err(error)
                 }
-            });
-            results.push(result.map(|(disclosed, _)| disclosed));
+            };
+            results.push(result);
         }
-        self.parts.log.append_all(records, durability).await?;
+        if !records.is_empty() {
+            self.parts.log.append_encoded(records, durability).await?;
+        }
         Ok(results)
     }
 
@@ -245,45 +260,22 @@ impl Broker {
     }
 }
 
-/// One item on its way: what will be recorded of it, and what to ask or why not to.
-struct Item {
-    record: Record,
-    ask: Result<(Read, Grant), BrokerError>,
-}
-
-impl Item {
-    fn permitted(call: &Call, read: Read, grant: Grant) -> Self {
-        let record = record::of_grant(call, "batch_get", &grant).of_field(read.field.as_ref());
-        Self { record, ask: Ok((read, grant)) }
-    }
+/// One item on its way: what to ask, or why not to and what is recorded of that.
+enum Item {
+    Permitted(Read, Grant),
+    Refused(Record, BrokerError),
 }
 
 /// Cuts what was fetched down to what was asked for.
-fn disclose(read: &Read, fetched: Fetched) -> Result<(Disclosed, Fetched), BrokerError> {
-    let value = if read.if_version_id.as_ref() == Some(&fetched.version.id) {
+fn disclose(read: &Read, fetched: Fetched) -> Result<Disclosed, BrokerError> {
+    let Fetched { version, value, source, age, stale, .. } = fetched;
+    let value = if read.if_version_id.as_ref() == Some(&version.id) {
         None
     } else if let Some(field) = &read.field {
-        let field = fetched.value.field(field);
+        let field = value.field(field);
         Some(field.map_err(|source| BrokerError::Field { id: read.id.clone(), source })?)
     } else {
-        Some(fetched.value.clone())
+        Some(value)
     };
-    let disclosed = Disclosed {
-        id: read.id.clone(),
-        field: read.field.clone(),
-        version: fetched.version.clone(),
-        value,
-        source: fetched.source,
-        age: fetched.age,
-        stale: fetched.stale,
-    };
-    Ok((disclosed, fetched))
-}
-
-fn describe((disclosed, fetched): &(Disclosed, Fetched), record: Record) -> Record {
-    let mut record = record.of_fetched(fetched).done();
-    if disclosed.value.is_none() {
-        record.outcome = Some(Outcome::Unchanged);
-    }
-    record
+    Ok(Disclosed { id: read.id.clone(), field: read.field.clone(), version, value, source, age, stale })
 }

@@ -1,7 +1,7 @@
 //! How a call becomes an audit record. No function here is given a value.
 
-use super::{BrokerError, Call, outcome_of};
-use crate::audit::{Kind, Outcome, Record};
+use super::{BrokerError, Call, Disclosed, outcome_of};
+use crate::audit::{Kind, Outcome, Record, Texts, View};
 use crate::error::Reasoned;
 use crate::identity::SourceAddress;
 use crate::policy::{Action, Decision, Grant, Resource};
@@ -10,17 +10,13 @@ use crate::store::{Fetched, Source};
 
 /// Who called, from where, why.
 pub(super) fn of_call(call: &Call, operation: &'static str) -> Record {
-    let proof = call.principal.proof();
     Record {
         kind: Some(Kind::Access),
-        principal: call.principal.to_string(),
-        proof: match proof.detail.as_str() {
-            "" => proof.method.to_owned(),
-            detail => format!("{}:{detail}", proof.method),
-        },
+        principal: call.principal.shown().to_owned(),
+        proof: call.principal.shown_proof().to_owned(),
         source_address: call.source_address.to_string(),
         operation: operation.to_owned(),
-        request_id: call.request_id.clone(),
+        request_id: call.request_id.to_string(),
         reason: call.reason.clone().unwrap_or_default(),
         ..Record::default()
     }
@@ -52,6 +48,64 @@ pub(super) fn of_resource(
 /// The same, for what a grant permits.
 pub(super) fn of_grant(call: &Call, operation: &'static str, grant: &Grant) -> Record {
     of_resource(call, operation, grant.action(), grant.resource(), Some(grant.decision()))
+}
+
+/// What is the same in every record of one call's reads.
+pub(super) struct Reads<'a> {
+    call: &'a Call,
+    operation: &'static str,
+    source_address: String,
+}
+
+impl<'a> Reads<'a> {
+    pub(super) fn of(call: &'a Call, operation: &'static str) -> Self {
+        Self { call, operation, source_address: call.source_address.to_string() }
+    }
+
+    /// A read that policy permitted, as it is written: what [`of_grant`] says, without making a [`Record`] of it.
+    pub(super) fn permitted<'b>(&'b self, grant: &'b Grant, field: Option<&'b FieldName>) -> View<'b> {
+        let (environment, secret) = match grant.resource() {
+            Resource::Secret(id) => (id.environment.as_str(), id.name.as_str()),
+            Resource::Environment(environment) => (environment.as_str(), ""),
+            Resource::Broker => ("", ""),
+        };
+        View {
+            kind: Some(Kind::Access),
+            principal: self.call.principal.shown(),
+            proof: self.call.principal.shown_proof(),
+            source_address: &self.source_address,
+            action: grant.action().as_str(),
+            operation: self.operation,
+            environment,
+            secret,
+            field: field.map_or("", FieldName::as_str),
+            decision: grant.decision().effect.as_str(),
+            policies: Texts::Shared(&grant.decision().policies),
+            request_id: &self.call.request_id,
+            reason: self.call.reason.as_deref().unwrap_or_default(),
+            ..View::default()
+        }
+    }
+}
+
+/// The same read, at its end.
+pub(super) fn ended<'a>(view: View<'a>, result: Result<&'a Disclosed, &BrokerError>) -> View<'a> {
+    match result {
+        Ok(disclosed) => View {
+            version_id: disclosed.version.id.as_str(),
+            labels: Texts::Labels(&disclosed.version.labels),
+            source: match disclosed.source {
+                Source::Store => "store",
+                Source::Cache => "cache",
+            },
+            stale: disclosed.stale,
+            outcome: Some(if disclosed.value.is_some() { Outcome::Ok } else { Outcome::Unchanged }),
+            ..view
+        },
+        Err(error) => {
+            View { outcome: Some(outcome_of(error.reason())), error: error.reason().code(), ..view }
+        }
+    }
 }
 
 /// A caller whom nobody knows.

@@ -101,6 +101,9 @@ pub struct Principal {
     proof: Proof,
     fingerprint: Fingerprint,
     environments: Option<Arc<BTreeSet<EnvironmentName>>>,
+    /// As records say it: made once, and written with every request.
+    shown: String,
+    shown_proof: String,
 }
 
 /// A digest of all that decisions may depend on: kind, id, groups, claims and the method of proof.
@@ -143,7 +146,13 @@ impl Principal {
         for (to, from) in fingerprint.iter_mut().zip(context.finish().as_ref()) {
             *to = *from;
         }
-        Self { kind, id, groups, claims, proof, fingerprint: Fingerprint(fingerprint), environments: None }
+        let shown = format!("{}::\"{}\"", kind.entity_type(), id.escape_default());
+        let shown_proof = match proof.detail.as_str() {
+            "" => proof.method.to_owned(),
+            detail => format!("{}:{detail}", proof.method),
+        };
+        let fingerprint = Fingerprint(fingerprint);
+        Self { kind, id, groups, claims, proof, fingerprint, environments: None, shown, shown_proof }
     }
 
     /// The broker itself, doing its own work (seeding samples, rotation). Authorised like anyone else.
@@ -198,6 +207,18 @@ impl Principal {
         &self.proof
     }
 
+    /// It, as messages and records show it: `User::"ana"`.
+    #[must_use]
+    pub fn shown(&self) -> &str {
+        &self.shown
+    }
+
+    /// Its proof, as records show it: `token:AbC123`.
+    #[must_use]
+    pub fn shown_proof(&self) -> &str {
+        &self.shown_proof
+    }
+
     /// What a cached decision is keyed by.
     #[must_use]
     pub const fn fingerprint(&self) -> Fingerprint {
@@ -207,7 +228,7 @@ impl Principal {
 
 impl fmt::Display for Principal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}::\"{}\"", self.kind.entity_type(), self.id.escape_default())
+        f.write_str(&self.shown)
     }
 }
 

@@ -142,17 +142,17 @@ pub async fn serve(
             tls.keep_fresh(shutdown.clone())?;
         }
         let incoming = listener.incoming(house.places.clone());
-        let router = grpc::router(&house, &changes, shutdown.clone())?;
-        servers.push(router.serve_with_incoming_shutdown(incoming, told(shutdown.clone())));
+        let transport = grpc::transport(&house, &changes, shutdown.clone())?;
+        servers.push(transport.serve(incoming, shutdown.clone()));
     }
-    let all = futures_util::future::try_join_all(servers);
+    let all = futures_util::future::join_all(servers);
     tokio::pin!(all);
     let hard_end = async {
         told(shutdown.clone()).await;
         after(drain).await;
     };
     tokio::select! {
-        ended = &mut all => { ended?; }
+        _ = &mut all => {}
         () = hard_end => tracing::warn!(?drain, "calls in flight were cut off"),
     }
     changes.finished(drain.min(LONGEST_CHANGE)).await;

@@ -89,7 +89,7 @@ impl<'a> Draft<'a> {
     }
 
     /// Adds a record and, where it is time, a checkpoint; gives the record's sequence.
-    pub(super) fn push(&mut self, fields: &Fields) -> Result<u64, AuditError> {
+    pub(super) fn push(&mut self, fields: &[u8]) -> Result<u64, AuditError> {
         self.tally.head = self.lines.push(self.tally.head, &self.time, fields);
         self.tally.unsigned += 1;
         self.tally.unsigned_since.get_or_insert(self.now);
@@ -121,7 +121,7 @@ impl<'a> Draft<'a> {
         let generation = generation.max((self.settings.generation)());
         let statement = Statement { instance: &self.settings.instance, head, generation, time: &self.time };
         let notice = Notice::Checkpoint(Checkpoint::new(&statement, self.key, next));
-        let head = self.lines.push(head, &self.time, &Fields::of_notice(&notice)?);
+        let head = self.lines.push(head, &self.time, Fields::of_notice(&notice)?.as_bytes());
         self.tally = Tally { head, unsigned: 0, unsigned_since: None, generation, checkpoint: Some(head) };
         Ok(())
     }

@@ -355,7 +355,7 @@ impl Writer {
             now: self.clock.monotonic(),
         };
         for notice in &self.pending {
-            draft.push(&Fields::of_notice(notice)?)?;
+            draft.push(Fields::of_notice(notice)?.as_bytes())?;
         }
         let mut sequences = Vec::with_capacity(batch.len());
         for work in batch {

@@ -375,7 +375,7 @@ fn parse(definition: &str) -> Result<Definition, BrokerError> {
 
 /// An order in the name of who calls.
 fn order(call: &Call, when: When) -> Order {
-    Order { asked_by: call.principal.to_string(), request_id: Some(call.request_id.clone()), when }
+    Order { asked_by: call.principal.to_string(), request_id: Some(call.request_id.to_string()), when }
 }
 
 /// A run ends as it began, unless it can't: where a person is needed and has mended the definition, a run that has not

@@ -9,7 +9,6 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use http::{Request, Response};
-use tonic::body::Body;
 
 use crate::clock::SharedClock;
 use crate::identity::SourceAddress;
@@ -29,7 +28,7 @@ impl Accounts {
     }
 
     /// A call that begins; it gets its request id here.
-    pub(super) fn open(&self, request: &Request<Body>, source: &SourceAddress) -> Account<'_> {
+    pub(super) fn open<B>(&self, request: &Request<B>, source: &SourceAddress) -> Account<'_> {
         let mut text = uuid::Uuid::encode_buffer();
         let request_id: &str = uuid::Uuid::new_v4().hyphenated().encode_lower(&mut text);
         Account {
@@ -61,7 +60,7 @@ pub(super) struct Account<'a> {
 
 impl Account<'_> {
     /// The call ended with this answer.
-    pub(super) fn close(mut self, response: &Response<Body>) {
+    pub(super) fn close<B>(mut self, response: &Response<B>) {
         let quiet = response.extensions().get::<Quiet>().is_some();
         self.enter(code_of(response), quiet);
     }
@@ -149,13 +148,13 @@ impl Lines {
 }
 
 /// The trace that the caller says the call belongs to. Several headers are as good as none.
-fn trace_of(request: &Request<Body>) -> Option<TraceId> {
+fn trace_of<B>(request: &Request<B>) -> Option<TraceId> {
     let mut headers = request.headers().get_all(trace::HEADER).iter();
     let only = headers.next()?.to_str().ok()?;
     if headers.next().is_some() { None } else { TraceId::parse(only) }
 }
 
-fn code_of(response: &Response<Body>) -> CallCode {
+fn code_of<B>(response: &Response<B>) -> CallCode {
     const UNKNOWN: usize = 2;
     match response.headers().get("grpc-status") {
         Some(number) => {
@@ -172,13 +171,14 @@ fn code_of(response: &Response<Body>) -> CallCode {
 struct Quiet;
 
 /// Keeps a call out of the log but for its details: one of many alike.
-pub(super) fn hush(response: &mut Response<Body>) {
+pub(super) fn hush<B>(response: &mut Response<B>) {
     response.extensions_mut().insert(Quiet);
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tonic::body::Body;
     use crate::clock::ManualClock;
 
     #[test]

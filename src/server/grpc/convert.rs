@@ -41,21 +41,33 @@ pub(super) fn label(text: &str) -> Parsed<Label> {
     Label::parse(text).map_err(|error| rejected(&error))
 }
 
-pub(super) fn selector(selector: Option<v1::Selector>) -> Parsed<Selector> {
-    match selector.and_then(|selector| selector.selector) {
+pub(super) fn selector(selector: Option<&v1::Selector>) -> Parsed<Selector> {
+    match selector.and_then(|selector| selector.selector.as_ref()) {
         None => Ok(Selector::CURRENT),
-        Some(v1::selector::Selector::VersionId(id)) => Ok(Selector::Version(version_id(&id)?)),
-        Some(v1::selector::Selector::Label(text)) => Ok(Selector::Label(label(&text)?)),
+        Some(v1::selector::Selector::VersionId(id)) => Ok(Selector::Version(version_id(id)?)),
+        Some(v1::selector::Selector::Label(text)) => Ok(Selector::Label(label(text)?)),
     }
 }
 
 pub(super) fn read(query: v1::SecretQuery) -> Parsed<Read> {
-    let field = (!query.field.is_empty()).then(|| FieldName::parse(&query.field)).transpose();
+    let v1::SecretQuery { environment, name, field, selector, if_version_id } = query;
+    asked(&environment, &name, &field, selector.as_ref(), &if_version_id)
+}
+
+/// What is asked of one secret.
+pub(super) fn asked(
+    environment: &str,
+    name: &str,
+    field: &str,
+    of: Option<&v1::Selector>,
+    if_version_id: &str,
+) -> Parsed<Read> {
+    let field = (!field.is_empty()).then(|| FieldName::parse(field)).transpose();
     Ok(Read {
-        id: secret_id(&query.environment, &query.name)?,
+        id: secret_id(environment, name)?,
         field: field.map_err(|error| rejected(&error))?,
-        selector: selector(query.selector)?,
-        if_version_id: optional_version_id(&query.if_version_id)?,
+        selector: selector(of)?,
+        if_version_id: optional_version_id(if_version_id)?,
     })
 }
 
@@ -168,7 +180,7 @@ pub(super) fn time(field: &str, time: Option<ProtoTimestamp>) -> Parsed<Option<T
     time.map(parse).transpose()
 }
 
-fn duration(duration: std::time::Duration) -> ProtoDuration {
+pub(super) fn duration(duration: std::time::Duration) -> ProtoDuration {
     ProtoDuration {
         seconds: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX),
         nanos: i32::try_from(duration.subsec_nanos()).unwrap_or(0),

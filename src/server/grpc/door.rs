@@ -2,7 +2,7 @@
 //! is counted and logged of it when it ends.
 //!
 //! ```text
-//! request ─▶ account opens ─▶ who? ──known──▶ rate ─▶ service ─▶ account closes: one count, one log line
+//! request ─▶ account opens ─▶ who? ──known──▶ rate ─▶ answer ─▶ account closes: one count, one log line
 //!                              └─stranger─▶ rate ─▶ record ─▶ UNAUTHENTICATED
 //! ```
 //!
@@ -10,24 +10,27 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use http::{HeaderValue, Request, Response};
+use hyper::body::Incoming;
 use prost::Message as _;
 use prost_types::FileDescriptorSet;
 use tonic::Status;
 use tonic::body::Body;
-use tower::{Layer, Service};
+use tonic::service::Routes;
+use tower::ServiceExt as _;
 
 use super::account::{self, Accounts};
+use super::read;
+use super::transport::Reply;
 use super::status::{status, status_after};
 use crate::broker::{Broker, BrokerError, Call};
 use crate::error::{Reason, Reasoned as _};
 use crate::identity::{Chain, IdentityError, Presented, Principal, SourceAddress};
 use crate::proto::FILE_DESCRIPTOR_SET;
 use crate::secret::SecretValue;
-use crate::server::House;
+use crate::server::{House, Limits};
 use crate::server::limits::{Limited, RateLimits};
 use crate::server::listen::ConnectionInfo;
 
@@ -80,15 +83,15 @@ impl Caller {
         Call {
             principal: Arc::clone(&self.principal),
             source_address: self.source_address.clone(),
-            request_id: self.request_id.to_string(),
+            request_id: Arc::clone(&self.request_id),
             reason: (!reason.is_empty()).then(|| reason.to_owned()),
         }
     }
 }
 
-/// The door, as a layer around all services.
+/// The door, before all services.
 #[derive(Clone)]
-pub struct Door {
+pub(super) struct Door {
     inner: Arc<Inner>,
 }
 
@@ -97,13 +100,12 @@ struct Inner {
     identity: Arc<Chain>,
     rates: Arc<RateLimits>,
     accounts: Accounts,
-    longest: Duration,
+    limits: Limits,
 }
 
 impl Door {
     /// A door to the house for whom it recognises, as often as its rates permit.
-    #[must_use]
-    pub fn new(house: &House) -> Self {
+    pub(super) fn new(house: &House) -> Self {
         let House { broker, identity, rates, metrics, clock, limits, .. } = house;
         Self {
             inner: Arc::new(Inner {
@@ -111,8 +113,41 @@ impl Door {
                 identity: Arc::clone(identity),
                 rates: Arc::clone(rates),
                 accounts: Accounts::new(Arc::clone(metrics), Arc::clone(clock)),
-                longest: limits.deadline,
+                limits: *limits,
             }),
+        }
+    }
+
+    /// One call, from its headers to its answer's.
+    pub(super) async fn call(
+        self,
+        routes: Routes,
+        request: Request<Incoming>,
+        connection: Arc<ConnectionInfo>,
+    ) -> Response<Reply> {
+        let account = self.inner.accounts.open(&request, &connection.source);
+        let mut response = if request.uri().path().starts_with(OPEN) {
+            connection.renew();
+            routed(routes, request.map(Body::new)).await
+        } else {
+            self.inner.answer(routes, request, &connection, &account.request_id).await
+        };
+        if let Ok(value) = HeaderValue::from_str(&account.request_id) {
+            response.headers_mut().insert(REQUEST_ID, value);
+        }
+        account.close(&response);
+        response
+    }
+}
+
+/// What the services say. In a box: it is a large future, and few calls need it.
+async fn routed(routes: Routes, request: Request<Body>) -> Response<Reply> {
+    let answered: Pin<Box<dyn Future<Output = _> + Send>> = Box::pin(routes.oneshot(request));
+    match answered.await {
+        Ok(response) => response.map(Reply::Other),
+        Err(error) => {
+            let error = format!("{error}");
+            Status::internal(error).into_http().map(Reply::Other)
         }
     }
 }
@@ -131,46 +166,60 @@ impl From<Status> for Refusal {
 }
 
 impl Inner {
-    /// One call, from its headers to its answer's.
-    async fn answer<S>(
+    /// The answer to a call that is not open to everyone.
+    async fn answer(
         &self,
-        mut inner: S,
-        mut request: Request<Body>,
-        source: SourceAddress,
+        routes: Routes,
+        request: Request<Incoming>,
+        connection: &ConnectionInfo,
         request_id: &Arc<str>,
-    ) -> Result<Response<Body>, S::Error>
-    where
-        S: Service<Request<Body>, Response = Response<Body>>,
-    {
-        let deadline = match deadline(&request, self.longest) {
+    ) -> Response<Reply> {
+        let deadline = match deadline(&request, self.limits.deadline) {
             Ok(deadline) => deadline,
             // Nobody knows yet whose call it is.
-            Err(error) => return Ok(refused(Refusal { status: status(&error, request_id), quiet: true })),
+            Err(error) => return refused(Refusal { status: status(&error, request_id), quiet: true }),
         };
-        let presented = presented(&request, &source);
         let served = async {
-            match self.caller(presented, source, Arc::clone(request_id)).await {
+            let presented = presented(&request, connection);
+            match self.caller(presented, &connection.source, request_id).await {
                 Ok(caller) => {
-                    request.extensions().get::<ConnectionInfo>().into_iter().for_each(ConnectionInfo::known);
-                    request.extensions_mut().insert(caller);
-                    inner.call(request).await
+                    connection.known();
+                    self.serve(routes, request, caller).await
                 }
-                Err(refusal) => Ok(refused(refusal)),
+                Err(refusal) => refused(refusal),
             }
         };
         match tokio::time::timeout(deadline, served).await {
-            Ok(Ok(response)) if too_large(&response) => Ok(refused(status(&oversized(), request_id).into())),
+            Ok(response) if too_large(&response) => refused(status(&oversized(), request_id).into()),
             Ok(response) => response,
-            Err(_) => Ok(refused(status(&late(), request_id).into())),
+            Err(_) => refused(status(&late(), request_id).into()),
         }
+    }
+
+    /// What a caller who is known gets.
+    async fn serve(&self, routes: Routes, request: Request<Incoming>, caller: Caller) -> Response<Reply> {
+        let mut request = if read::is_read(&request) {
+            let (head, body) = request.into_parts();
+            match read::read(body, self.limits.message_bytes).await {
+                read::Body::Message(message) => {
+                    let answer = read::answer(&self.broker, &caller, message).await;
+                    return answer.unwrap_or_else(|status| refused(status.into()));
+                }
+                read::Body::Other(body) => Request::from_parts(head, Body::new(body)),
+            }
+        } else {
+            request.map(Body::new)
+        };
+        request.extensions_mut().insert(caller);
+        routed(routes, request).await
     }
 
     /// Who is calling. A caller whom nobody knows, or who calls too often, is on record before they hear so.
     async fn caller(
         &self,
         presented: Result<Presented, IdentityError>,
-        source_address: SourceAddress,
-        request_id: Arc<str>,
+        source_address: &SourceAddress,
+        request_id: &Arc<str>,
     ) -> Result<Caller, Refusal> {
         let known = match presented {
             Ok(presented) => self.identity.authenticate(&presented).await,
@@ -178,13 +227,14 @@ impl Inner {
         };
         match known {
             Ok(principal) => {
+                let (source_address, request_id) = (source_address.clone(), Arc::clone(request_id));
                 let caller = Caller { principal, source_address, request_id };
                 match self.rates.admit(&caller.principal, &caller.source_address) {
                     Ok(()) => Ok(caller),
-                    Err(limited) => Err(self.turned_away(&caller, &limited).await),
+                    Err(limited) => Err(Box::pin(self.turned_away(&caller, &limited)).await),
                 }
             }
-            Err(error) => Err(self.not_let_in(&source_address, &request_id, &error).await),
+            Err(error) => Err(Box::pin(self.not_let_in(source_address, request_id, &error)).await),
         }
     }
 
@@ -236,12 +286,11 @@ fn counted(limited: &Limited, times: u64) -> BrokerError {
 
 /// Reads what the caller presents. A header that is there but is not a bearer token is an invalid credential, not
 /// none.
-fn presented(request: &Request<Body>, source: &SourceAddress) -> Result<Presented, IdentityError> {
-    let connection = request.extensions().get::<ConnectionInfo>();
+fn presented<B>(request: &Request<B>, connection: &ConnectionInfo) -> Result<Presented, IdentityError> {
     let by_connection = Presented {
-        peer: connection.and_then(|connection| connection.peer),
-        certificate: connection.and_then(|connection| connection.certificate.clone()),
-        source: source.clone(),
+        peer: connection.peer,
+        certificate: connection.certificate.clone(),
+        source: connection.source.clone(),
         bearer: None,
     };
     let mut headers = request.headers().get_all(http::header::AUTHORIZATION).iter();
@@ -261,62 +310,8 @@ fn presented(request: &Request<Body>, source: &SourceAddress) -> Result<Presente
     Ok(Presented { bearer: Some(bearer), ..by_connection })
 }
 
-impl<S> Layer<S> for Door {
-    type Service = Doorkeeper<S>;
-
-    fn layer(&self, inner: S) -> Doorkeeper<S> {
-        Doorkeeper { door: self.clone(), inner }
-    }
-}
-
-/// The door around one service.
-#[derive(Clone)]
-pub struct Doorkeeper<S> {
-    door: Door,
-    inner: S,
-}
-
-impl<S> Service<Request<Body>> for Doorkeeper<S>
-where
-    S: Service<Request<Body>, Response = Response<Body>> + Clone + Send + 'static,
-    S::Future: Send,
-    S::Error: Send,
-{
-    type Response = Response<Body>;
-    type Error = S::Error;
-    type Future = Pin<Box<dyn Future<Output = Result<Response<Body>, S::Error>> + Send>>;
-
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
-        self.inner.poll_ready(cx)
-    }
-
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let ready = self.inner.clone();
-        // The clone may not be ready; the one that was polled is.
-        let mut inner = std::mem::replace(&mut self.inner, ready);
-        let door = Arc::clone(&self.door.inner);
-        Box::pin(async move {
-            let connection = request.extensions().get::<ConnectionInfo>();
-            let source = connection.map_or(SourceAddress::Internal, |connection| connection.source.clone());
-            let account = door.accounts.open(&request, &source);
-            let mut response = match request.uri().path().starts_with(OPEN) {
-                true => {
-                    request.extensions().get::<ConnectionInfo>().into_iter().for_each(ConnectionInfo::renew);
-                    inner.call(request).await?
-                }
-                false => door.answer(inner, request, source, &account.request_id).await?,
-            };
-            if let Ok(value) = HeaderValue::from_str(&account.request_id) {
-                response.headers_mut().insert(REQUEST_ID, value);
-            }
-            account.close(&response);
-            Ok(response)
-        })
-    }
-}
-
-fn refused(refusal: Refusal) -> Response<Body> {
-    let mut response = refusal.status.into_http();
+fn refused(refusal: Refusal) -> Response<Reply> {
+    let mut response = refusal.status.into_http().map(Reply::Other);
     if refusal.quiet {
         account::hush(&mut response);
     }
@@ -325,7 +320,7 @@ fn refused(refusal: Refusal) -> Response<Body> {
 
 /// How long the call may take: what its `grpc-timeout` says (gRPC over HTTP/2, "Requests"), at most `longest`. A
 /// little is kept back, so that the caller hears from this side and not from its own timer.
-fn deadline(request: &Request<Body>, longest: Duration) -> Result<Duration, BrokerError> {
+fn deadline<B>(request: &Request<B>, longest: Duration) -> Result<Duration, BrokerError> {
     let Some(header) = request.headers().get("grpc-timeout") else { return Ok(longest) };
     let asked = header.to_str().ok().and_then(grpc_timeout).ok_or_else(|| BrokerError::Rejected {
         reason: Reason::InvalidArgument,
@@ -363,7 +358,7 @@ fn late() -> BrokerError {
 
 /// The transport answers OUT_OF_RANGE to a message over its bound, which nothing else here does; the code that fits
 /// is RESOURCE_EXHAUSTED (gRPC status codes, "RESOURCE_EXHAUSTED").
-fn too_large(response: &Response<Body>) -> bool {
+fn too_large(response: &Response<Reply>) -> bool {
     response.headers().get("grpc-status").is_some_and(|code| code == "11")
 }
 

@@ -114,7 +114,7 @@ impl KeyService for KeyAdministration {
 fn follow(
     progress: watch::Receiver<RootKeyProgress>,
     rotation: JoinHandle<Result<RootKeyRotated, BrokerError>>,
-    request_id: String,
+    request_id: Arc<str>,
 ) -> Rotation {
     let state = Some((progress, rotation, request_id));
     Box::pin(futures_util::stream::unfold(state, |state| async move {

@@ -1,8 +1,9 @@
 //! The gRPC door.
 //!
 //! ```text
-//! connection ─▶ Door (request id, who, deadline) ─▶ service (parse) ─▶ Broker ─▶ convert ─▶ reply
-//!                                                              errors ─▶ status.rs
+//! connection ─▶ transport ─▶ Door (request id, who, deadline) ─▶ service (parse) ─▶ Broker ─▶ convert ─▶ reply
+//!                                       └─ GetSecret ─▶ read ─▶ Broker ─▶ wire ─▶ reply
+//!                                                                  errors ─▶ status.rs
 //! ```
 
 mod account;
@@ -13,20 +14,23 @@ mod door;
 mod health;
 mod keys;
 mod policies;
+mod read;
 mod rotations;
 mod secrets;
 mod status;
 mod tokens;
+mod transport;
 mod watches;
+mod wire;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{RwLock, watch};
 use tonic::Status;
-use tonic::transport::server::Router;
-use tower::layer::util::{Identity, Stack};
+use tonic::service::Routes;
 
+use self::door::Door;
 use super::{House, ServerError};
 use crate::broker::BrokerError;
 use crate::error::Reason;
@@ -40,7 +44,9 @@ use v1::rotation_service_server::RotationServiceServer;
 use v1::secret_service_server::SecretServiceServer;
 use v1::token_service_server::TokenServiceServer;
 
-pub use door::{Door, methods};
+pub use door::methods;
+
+pub(super) use transport::Transport;
 
 /// Changes run to their end, with their second audit record, whether or not the caller still waits. This counts
 /// them, so that a shutdown can wait for the last one before the log is closed.
@@ -75,11 +81,11 @@ impl Changes {
 }
 
 /// The services behind one door.
-pub(super) fn router(
+pub(super) fn transport(
     house: &House,
     changes: &Changes,
     shutdown: watch::Receiver<bool>,
-) -> Result<Router<Stack<Door, Identity>>, ServerError> {
+) -> Result<Transport, ServerError> {
     let broker = &house.broker;
     let secrets = secrets::Secrets::new(Arc::clone(broker), changes.clone(), shutdown.clone());
     let tokens = tokens::TokenAdministration::new(Arc::clone(broker), changes.clone());
@@ -94,18 +100,8 @@ pub(super) fn router(
         .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .build_v1()?;
-    let (bytes, streams) = (house.limits.message_bytes, house.limits.streams);
-    Ok(tonic::transport::Server::builder()
-        .max_concurrent_streams(streams)
-        .concurrency_limit_per_connection(usize::try_from(streams).unwrap_or(usize::MAX))
-        .http2_keepalive_interval(Some(KEEPALIVE_EVERY))
-        .http2_keepalive_timeout(Some(KEEPALIVE_WITHIN))
-        .http2_max_header_list_size(16 * 1024)
-        .http2_max_pending_accept_reset_streams(Some(MOST_RESETS))
-        .http2_max_local_error_reset_streams(Some(MOST_ERRORS))
-        .max_frame_size(16 * 1024)
-        .layer(Door::new(house))
-        .add_service(SecretServiceServer::new(secrets).max_decoding_message_size(bytes))
+    let bytes = house.limits.message_bytes;
+    let routes = Routes::new(SecretServiceServer::new(secrets).max_decoding_message_size(bytes))
         .add_service(PolicyServiceServer::new(policies).max_decoding_message_size(bytes))
         .add_service(AuditServiceServer::new(audit).max_decoding_message_size(bytes))
         .add_service(TokenServiceServer::new(tokens).max_decoding_message_size(bytes))
@@ -113,16 +109,9 @@ pub(super) fn router(
         .add_service(CacheServiceServer::new(caches).max_decoding_message_size(bytes))
         .add_service(RotationServiceServer::new(rotations).max_decoding_message_size(bytes))
         .add_service(health)
-        .add_service(reflection))
+        .add_service(reflection);
+    Ok(Transport::new(Door::new(house), routes, &house.limits))
 }
-
-/// A connection whose other end is gone is found within the sum of these, whether or not a call is under way.
-const KEEPALIVE_EVERY: Duration = Duration::from_secs(20);
-const KEEPALIVE_WITHIN: Duration = Duration::from_secs(10);
-/// How many streams a caller may open and reset before they were looked at (CVE-2023-44487), and how many this side may
-/// have to reset for the caller's errors; one more ends the connection.
-const MOST_RESETS: usize = 20;
-const MOST_ERRORS: usize = 1_024;
 
 /// A parse error, as the door's own kind of error.
 fn rejected(error: &impl crate::error::Reasoned) -> BrokerError {

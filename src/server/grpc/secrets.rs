@@ -8,7 +8,7 @@ use tonic::{Request, Response, Status};
 use super::door::Caller;
 use super::status::{problem, status};
 use super::{Changes, convert, missing_caller, watches};
-use crate::broker::{BatchRequest, Broker, BrokerError, Call, MAX_BATCH};
+use crate::broker::{BatchRequest, Broker, BrokerError, Call, Disclosed, MAX_BATCH, Read};
 use crate::proto::v1::{self, batch_get_secrets_result, secret_service_server::SecretService};
 use crate::secret::LabelMove;
 use crate::store::{ListRequest, Put, RecoveryWindow};
@@ -87,28 +87,38 @@ where
     answered.map(Response::new).map_err(|error| status(&error, &caller.request_id))
 }
 
+/// Answers one read: as [`answer`] does, without what a read has no use for.
+pub(super) async fn disclose(
+    broker: &Broker,
+    caller: &Caller,
+    message: v1::GetSecretRequest,
+) -> Result<Disclosed, Status> {
+    let outcome = match understood(caller, &message) {
+        Ok((call, read)) => broker.get(&call, read, convert::freshness(message.refresh)).await,
+        Err(error) => {
+            let about = (message.environment.as_str(), message.name.as_str());
+            Err(Box::pin(broker.record_rejected(&caller.call(""), "get", about, error)).await)
+        }
+    };
+    outcome.map_err(|error| status(&error, &caller.request_id))
+}
+
+fn understood(caller: &Caller, message: &v1::GetSecretRequest) -> Result<(Call, Read), BrokerError> {
+    let call = caller.call(convert::reason(&message.reason)?);
+    convert::no_approval(&message.approval_id)?;
+    let v1::GetSecretRequest { environment, name, field, selector, if_version_id, .. } = message;
+    Ok((call, convert::asked(environment, name, field, selector.as_ref(), if_version_id)?))
+}
+
 #[tonic::async_trait]
 impl SecretService for Secrets {
     async fn get_secret(
         &self,
         request: Request<v1::GetSecretRequest>,
     ) -> Result<Response<v1::GetSecretResponse>, Status> {
-        self.answer(request, "get", said!(), |call, q| {
-            convert::no_approval(&q.approval_id)?;
-            let freshness = convert::freshness(q.refresh);
-            let read = convert::read(v1::SecretQuery {
-                environment: q.environment,
-                name: q.name,
-                field: q.field,
-                selector: q.selector,
-                if_version_id: q.if_version_id,
-            })?;
-            Ok(async move {
-                let disclosed = self.broker.get(&call, read, freshness).await?;
-                Ok(v1::GetSecretResponse { secret: Some(convert::secret(disclosed)) })
-            })
-        })
-        .await
+        let caller = request.extensions().get::<Caller>().cloned().ok_or_else(missing_caller)?;
+        let disclosed = disclose(&self.broker, &caller, request.into_inner()).await?;
+        Ok(Response::new(v1::GetSecretResponse { secret: Some(convert::secret(disclosed)) }))
     }
 
     async fn batch_get_secrets(

@@ -128,7 +128,7 @@ fn subject(names: &[String], prefix: String) -> Result<Subject, BrokerError> {
 
 /// Asks for one thing after the other, until there is an error, which is the last thing that is said. A reader that is
 /// gone drops the stream, and with it the seat.
-fn stream(watching: Watching, request_id: String, shutdown: watch::Receiver<bool>) -> Watch {
+fn stream(watching: Watching, request_id: Arc<str>, shutdown: watch::Receiver<bool>) -> Watch {
     Box::pin(futures_util::stream::unfold(Some(watching), move |watching| {
         let (request_id, shutdown) = (request_id.clone(), shutdown.clone());
         async move {

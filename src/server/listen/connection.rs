@@ -9,7 +9,6 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::Sleep;
-use tonic::transport::server::Connected;
 
 use super::places::{Place, Standing};
 use crate::identity::mtls::ClientCertificate;
@@ -106,6 +105,11 @@ impl Connection {
         Self { stream, info, begin, stranger, _place: place }
     }
 
+    /// What is known of its other end.
+    pub(in crate::server) const fn info(&self) -> &ConnectionInfo {
+        &self.info
+    }
+
     fn heard(&mut self, bytes: usize) {
         self.begin = self
             .begin
@@ -145,14 +149,6 @@ impl Connection {
 
 fn too_late(problem: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::TimedOut, problem)
-}
-
-impl Connected for Connection {
-    type ConnectInfo = ConnectionInfo;
-
-    fn connect_info(&self) -> ConnectionInfo {
-        self.info.clone()
-    }
 }
 
 impl AsyncRead for Connection {
@@ -205,12 +201,10 @@ impl AsyncWrite for Connection {
         }
     }
 
+    /// No, though sockets are: HTTP/2 would then leave every message of 256 bytes and more where it is, and end a write
+    /// with each. As it is, it copies those below a kilobyte, and many replies leave in one write.
     fn is_write_vectored(&self) -> bool {
-        match &self.stream {
-            Socket::Unix(stream) => stream.is_write_vectored(),
-            Socket::Tcp(stream) => stream.is_write_vectored(),
-            Socket::Tls(stream) => stream.is_write_vectored(),
-        }
+        false
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -274,7 +268,7 @@ mod tests {
     #[tokio::test]
     async fn b25_a_call_to_what_is_open_renews_the_time_once() {
         let (mut connection, _there) = outstayed().await;
-        connection.connect_info().renew();
+        connection.info().renew();
         assert_eq!(read(&mut connection), Poll::Pending);
         let until = connection.stranger.as_ref().map(|limit| limit.deadline());
         assert!(until.is_some_and(|until| until > tokio::time::Instant::now()), "it counts on");
@@ -285,7 +279,7 @@ mod tests {
     #[tokio::test]
     async fn a_connection_with_a_call_that_was_authenticated_stays() {
         let (mut connection, _there) = outstayed().await;
-        connection.connect_info().known();
+        connection.info().known();
         assert_eq!(read(&mut connection), Poll::Pending);
         assert!(connection.stranger.is_none(), "no time is kept any more");
         connection.write_all(b"pong").await.unwrap();

@@ -376,7 +376,7 @@ mod tests {
         let places = Places::new(&crate::server::Limits::default());
         let mut incoming = Box::pin(bound.incoming(places));
         let first = driver.block_on(incoming.next()).unwrap().unwrap();
-        assert!(matches!(first.connect_info().source, SourceAddress::Tcp(_)));
+        assert!(matches!(first.info().source, SourceAddress::Tcp(_)));
         drop((first, incoming, stop));
         assert!(turning.join().unwrap());
     }

@@ -8,6 +8,7 @@
 //!
 //! What is dropped with the reader is the waiting alone: the rotation is a task of its own, which comes to a phase's end.
 
+use std::sync::Arc;
 use std::pin::Pin;
 use std::time::Duration;
 
@@ -53,7 +54,7 @@ impl<T: Send + 'static, M: Send + 'static> Following<T, M> {
     ///
     /// # Errors
     /// Why it did not begin.
-    pub(super) async fn stream(mut self, request_id: String) -> Result<Steps<M>, BrokerError> {
+    pub(super) async fn stream(mut self, request_id: Arc<str>) -> Result<Steps<M>, BrokerError> {
         let first = tokio::time::timeout(HEAD_START, self.next()).await;
         let first = first.ok().transpose()?.flatten();
         let rest = futures_util::stream::unfold(Some(self), move |following| {
