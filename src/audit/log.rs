@@ -10,8 +10,8 @@ use jiff::Timestamp;
 use tokio::sync::broadcast;
 
 use super::chain::{encode, encode_into};
-use super::encode::Batch;
 use super::checkpoint::{SigningKey, VerifyingKey};
+use super::encode::Batch;
 use super::figures::Figures;
 use super::queue::{Queue, Work};
 use super::reserve::{Hold, Reservation};

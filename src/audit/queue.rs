@@ -771,7 +771,10 @@ mod tests {
             pushed
         });
         assert_eq!(pushed.iter().filter(|(is_first, ..)| *is_first).count(), 1);
-        assert!(pushed.iter().all(|(_, is_due, _)| !is_due), "nobody wakes the writer before the last has pushed");
+        assert!(
+            pushed.iter().all(|(_, is_due, _)| !is_due),
+            "nobody wakes the writer before the last has pushed"
+        );
         assert!(queue.lock().is_due && queue.lock().nudged_by.is_none());
         assert_eq!(taken(&queue), 5);
     }

@@ -45,7 +45,7 @@ use crate::server::admin::BoundAdmin;
 use crate::server::health::Health;
 use crate::server::limits::RateLimits;
 use crate::server::tls::Tls;
-use crate::server::{self, Bound, House, Places, ServerError};
+use crate::server::{self, Bound, House, Places, ServerError, Workers};
 use crate::store::aws::Aws;
 use crate::store::guarded::Guarded;
 use crate::store::sealed::Sealed;
@@ -286,6 +286,8 @@ impl Running {
         let _reloading = reload::on_change(Arc::clone(&self.broker), &self.policy, shutdown.clone())?;
         let tls: Vec<Arc<Tls>> = doors.iter().filter_map(|door| door.tls().cloned()).collect();
         let house = self.house(limits, &doors, shutdown.clone());
+        // Until the very end: what calls began and did not wait for runs there.
+        let workers = Workers::start(limits.workers).map_err(ServerError::Workers)?;
         // Nothing of this holds the end up: dropped, it ends.
         let mut beside = JoinSet::new();
         beside.spawn(Arc::clone(&house.health).keep());
@@ -303,11 +305,12 @@ impl Running {
             let scrape = figures::scrape(&house, tls, Arc::clone(&self.ring));
             beside.spawn(admin.serve(Arc::clone(&house.health), scrape));
         }
-        let served = server::serve(house, doors, shutdown).await;
+        let served = server::serve(house, &workers, doors, shutdown).await;
         self.stopping.send_replace(true);
         let drained = within("bringing rotations to a phase's end", self.rotations.drained()).await;
         beside.shutdown().await;
         let stopped = self.stop().await;
+        drop(workers);
         served?;
         drained?;
         stopped

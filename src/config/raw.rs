@@ -42,6 +42,7 @@ pub(super) struct Listen {
     pub(super) connections: Option<usize>,
     pub(super) connections_per_caller: Option<usize>,
     pub(super) watches_per_caller: Option<usize>,
+    pub(super) workers: Option<usize>,
     #[serde(default)]
     pub(super) rates: Rates,
     pub(super) drain: Option<String>,

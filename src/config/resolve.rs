@@ -2,6 +2,7 @@
 //! hide another: the default stands in for a value that is wrong, and the rest is looked at.
 
 use std::net::SocketAddr;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -151,6 +152,17 @@ fn limits(listen: &raw::Listen, problems: &mut Problems) -> Limits {
             Some(_) => problems.say(ConfigError::new(key, "must be 1 to 65536")),
         }
     }
+    limits.workers = match listen.workers {
+        Some(workers @ 1..=256) => NonZeroUsize::new(workers),
+        Some(_) => {
+            problems.say(ConfigError::new(
+                "listen.workers",
+                "must be 1 to 256; leave it out for one a processor",
+            ));
+            None
+        }
+        None => None,
+    };
     let drain = listen.drain.as_deref().and_then(|text| problems.keep(drain(text)));
     if let Some(drain) = drain {
         limits.drain = drain;

@@ -7,10 +7,13 @@ pub mod health;
 pub mod limits;
 mod listen;
 pub mod tls;
+mod workers;
 
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::StreamExt as _;
 use tokio::sync::watch;
 
 use self::health::Health;
@@ -24,10 +27,13 @@ use crate::rotation::service::Rotations;
 use crate::telemetry::metrics::Metrics;
 
 pub use listen::{Bound, Listen, Places};
+pub use workers::Workers;
 
 /// Bounds on what callers may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
+    /// How many threads serve connections; `None`: one for each processor that the process may use.
+    pub workers: Option<NonZeroUsize>,
     /// Connections at a time, over all listeners. One more is closed at once. A sixteenth of them, at least 16, is kept for
     /// Unix sockets; of the others, half may be of callers who have not said yet who they are.
     pub connections: usize,
@@ -54,6 +60,7 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
+            workers: None,
             connections: 1_024,
             connections_per_caller: 256,
             watches_per_caller: 1_024,
@@ -83,9 +90,11 @@ pub enum ServerError {
     /// A certificate, its key or the authorities for clients.
     #[error(transparent)]
     Tls(#[from] TlsError),
-    /// The transport failed.
-    #[error("server: {0}")]
-    Transport(#[from] tonic::transport::Error),
+    /// The threads that serve can't be started.
+    #[error(
+        "server: the threads that serve connections can't be started: {0}; ask for fewer with `listen.workers`"
+    )]
+    Workers(std::io::Error),
     /// The reflection service can't be built.
     #[error("server: reflection: {0}")]
     Reflection(#[from] tonic_reflection::server::Error),
@@ -96,7 +105,7 @@ impl Reasoned for ServerError {
         match self {
             Self::Listen { .. } => Reason::InvalidConfig,
             Self::Tls(error) => error.reason(),
-            Self::Transport(_) | Self::Reflection(_) => Reason::Internal,
+            Self::Workers(_) | Self::Reflection(_) => Reason::Internal,
         }
     }
 }
@@ -124,36 +133,40 @@ pub struct House {
     pub limits: Limits,
 }
 
-/// Serves until `shutdown` says true, then lets calls in flight end, for as long as the limits say and no longer:
-/// a connection that never closes must not keep the process.
+/// Has `workers` serve until `shutdown` says true, then lets calls in flight end, for as long as the limits say and no
+/// longer: a connection that never closes must not keep the process. What calls began and did not wait for runs on with
+/// the workers.
 ///
 /// # Errors
-/// Where a listener or the transport fails.
+/// Where a listener fails.
 pub async fn serve(
     house: House,
+    workers: &Workers,
     listeners: Vec<Bound>,
     shutdown: watch::Receiver<bool>,
 ) -> Result<(), ServerError> {
     let changes = grpc::Changes::default();
     let drain = house.limits.drain;
-    let mut servers = Vec::with_capacity(listeners.len());
+    let mut accepting = Vec::with_capacity(listeners.len());
     for listener in listeners {
         if let Some(tls) = listener.tls() {
             tls.keep_fresh(shutdown.clone())?;
         }
-        let incoming = listener.incoming(house.places.clone());
         let transport = grpc::transport(&house, &changes, shutdown.clone())?;
-        servers.push(transport.serve(incoming, shutdown.clone()));
+        let (incoming, shutdown) = (listener.incoming(house.places.clone()), shutdown.clone());
+        let stopped = told(shutdown.clone());
+        accepting.push(incoming.take_until(stopped).for_each(move |accepted| {
+            workers.give(transport.clone().serve(accepted, shutdown.clone()));
+            std::future::ready(())
+        }));
     }
-    let all = futures_util::future::join_all(servers);
-    tokio::pin!(all);
-    let hard_end = async {
-        told(shutdown.clone()).await;
-        after(drain).await;
-    };
+    futures_util::future::join_all(accepting).await;
     tokio::select! {
-        _ = &mut all => {}
-        () = hard_end => tracing::warn!(?drain, "calls in flight were cut off"),
+        () = workers.idle() => {}
+        () = after(drain) => {
+            tracing::warn!(?drain, "calls in flight were cut off");
+            workers.cut();
+        }
     }
     changes.finished(drain.min(LONGEST_CHANGE)).await;
     Ok(())

@@ -178,8 +178,8 @@ pub(super) fn hush<B>(response: &mut Response<B>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tonic::body::Body;
     use crate::clock::ManualClock;
+    use tonic::body::Body;
 
     #[test]
     fn an_answers_headers_say_how_a_call_ended() {

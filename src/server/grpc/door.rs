@@ -23,16 +23,16 @@ use tower::ServiceExt as _;
 
 use super::account::{self, Accounts};
 use super::read;
-use super::transport::Reply;
 use super::status::{status, status_after};
+use super::transport::Reply;
 use crate::broker::{Broker, BrokerError, Call};
 use crate::error::{Reason, Reasoned as _};
 use crate::identity::{Chain, IdentityError, Presented, Principal, SourceAddress};
 use crate::proto::FILE_DESCRIPTOR_SET;
 use crate::secret::SecretValue;
-use crate::server::{House, Limits};
 use crate::server::limits::{Limited, RateLimits};
 use crate::server::listen::ConnectionInfo;
+use crate::server::{House, Limits};
 
 const OPEN: &str = "/grpc.health.v1.Health/";
 const REQUEST_ID: &str = "x-request-id";

@@ -25,7 +25,8 @@ const PATH: &str = "/claviger.v1.SecretService/GetSecret";
 /// Whether a request is one for this file, going by its headers.
 pub(super) fn is_read(request: &Request<Incoming>) -> bool {
     let headers = request.headers();
-    let plain = |kind: &HeaderValue| matches!(kind.as_bytes(), b"application/grpc" | b"application/grpc+proto");
+    let plain =
+        |kind: &HeaderValue| matches!(kind.as_bytes(), b"application/grpc" | b"application/grpc+proto");
     request.method() == Method::POST
         && request.uri().path() == PATH
         && headers.get(header::CONTENT_TYPE).is_some_and(plain)

@@ -10,27 +10,24 @@
 //! all calls but the one that nearly all calls are.
 
 use std::convert::Infallible;
-use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::{Stream, StreamExt as _};
 use http::{HeaderMap, HeaderValue, Request, Response};
 use http_body::{Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::server::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::sync::watch;
-use tokio::task::JoinSet;
 use tonic::Status;
 use tonic::service::Routes;
 
 use super::door::Door;
 use crate::server::Limits;
-use crate::server::listen::{Connection, ConnectionInfo};
+use crate::server::listen::{Accepted, ConnectionInfo};
 use crate::server::told;
 
 /// A connection whose other end is gone is found within the sum of these, whether or not a call is under way.
@@ -74,42 +71,13 @@ impl Transport {
         Self { door, routes: routes.prepare(), http }
     }
 
-    /// Serves connections until `shutdown` says true, then waits until the last of them has ended its calls.
-    pub(in crate::server) async fn serve(
-        self,
-        incoming: impl Stream<Item = io::Result<Connection>>,
-        shutdown: watch::Receiver<bool>,
-    ) {
-        let mut connections = JoinSet::new();
-        self.accept(incoming, &mut connections, &shutdown).await;
-        while connections.join_next().await.is_some() {}
-    }
-
-    /// Accepts until the end; then the listener is gone.
-    async fn accept(
-        &self,
-        incoming: impl Stream<Item = io::Result<Connection>>,
-        connections: &mut JoinSet<()>,
-        shutdown: &watch::Receiver<bool>,
-    ) {
-        let mut incoming = std::pin::pin!(incoming);
-        let mut stopped = std::pin::pin!(told(shutdown.clone()));
-        loop {
-            tokio::select! {
-                () = &mut stopped => return,
-                accepted = incoming.next() => match accepted {
-                    Some(Ok(connection)) => {
-                        connections.spawn(self.clone().connection(connection, shutdown.clone()));
-                    }
-                    Some(Err(error)) => tracing::debug!(%error, "a connection was not taken"),
-                    None => return,
-                },
-                Some(_) = connections.join_next(), if !connections.is_empty() => {}
-            }
-        }
-    }
-
-    async fn connection(self, connection: Connection, shutdown: watch::Receiver<bool>) {
+    /// Serves a connection to its end, which it is asked to come to when `shutdown` says true.
+    pub(in crate::server) async fn serve(self, accepted: Accepted, shutdown: watch::Receiver<bool>) {
+        let begun = tokio::select! {
+            begun = accepted.begin() => begun,
+            () = told(shutdown.clone()) => None,
+        };
+        let Some(connection) = begun else { return };
         let Self { door, routes, http } = self;
         let info = Arc::new(connection.info().clone());
         let calls = Calls { door, routes, info };
@@ -169,10 +137,7 @@ impl http_body::Body for Reply {
     type Data = Bytes;
     type Error = Status;
 
-    fn poll_frame(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let reply = self.get_mut();
         match reply {
             Self::One(message) => {

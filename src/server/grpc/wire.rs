@@ -30,8 +30,8 @@ pub(super) fn reply(disclosed: &Disclosed) -> Bytes {
         };
         (value.expose(), i32::from(kind).unsigned_abs())
     });
-    let payload_length =
-        payload.map(|(data, kind)| bytes_length(data) + if kind == 0 { 0 } else { 1 + varint_length(kind.into()) });
+    let payload_length = payload
+        .map(|(data, kind)| bytes_length(data) + if kind == 0 { 0 } else { 1 + varint_length(kind.into()) });
     let source = match disclosed.source {
         Source::Store => v1::Source::Store,
         Source::Cache => v1::Source::Cache,

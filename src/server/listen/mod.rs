@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! accept ─▶ a place? ── no ─▶ closed at once, counted
-//!              │ yes
+//!              │ yes, and on to a worker
 //!              ├─ Unix, TCP ──────────────────────────▶ Connection ─▶ HTTP/2 within 10 s,
 //!              └─ TLS ─▶ handshake, beside others, ──────▶ ┘          and over the network
 //!                        within 5 s                                   somebody known within 30 s
@@ -16,15 +16,14 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures_util::Stream;
-use tokio::net::{TcpListener, UnixListener, UnixStream};
-use tokio::task::{JoinError, JoinSet};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
 use super::ServerError;
-use super::tls::{Secured, Settings, Tls};
+use super::tls::{Settings, Tls};
 use crate::clock::{SharedClock, SystemClock};
 use crate::identity::{Peer, SourceAddress};
 
@@ -32,6 +31,7 @@ pub(in crate::server) use connection::{Connection, ConnectionInfo};
 pub use places::Places;
 
 use connection::{Admitted, Socket};
+use places::Place;
 
 /// Where to listen.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -114,31 +114,29 @@ impl Bound {
         }
     }
 
-    /// Connections, as they come; one without a place is closed at once. Runs on whichever runtime asks for the next
-    /// one.
-    pub(super) fn incoming(self, places: Places) -> impl Stream<Item = io::Result<Connection>> {
-        let incoming =
-            Incoming { bound: self, places, handshakes: JoinSet::new(), complaints: Complaints::default() };
+    /// Connections, as they come; one without a place is closed at once.
+    pub(super) fn incoming(self, places: Places) -> impl Stream<Item = Accepted> {
+        let incoming = Incoming { bound: self, places, complaints: Arc::default() };
         futures_util::stream::unfold(incoming, |mut incoming| async move {
-            let connection = incoming.next().await;
-            Some((Ok(connection), incoming))
+            let accepted = incoming.next().await;
+            Some((accepted, incoming))
         })
     }
 
     /// The next connection, where it comes from, and who the kernel says it is.
-    async fn accept(&self) -> io::Result<(Socket, SourceAddress, Option<Peer>)> {
+    async fn accept(&self) -> io::Result<(Detached, SourceAddress, Option<Peer>)> {
         match &self.listener {
             Listener::Unix(listener) => {
                 let (stream, _) = listener.accept().await?;
                 let credentials = stream.peer_cred()?;
                 let pid = credentials.pid();
                 let peer = Peer { uid: credentials.uid(), gid: credentials.gid(), pid };
-                Ok((Socket::Unix(stream), SourceAddress::Unix { pid }, Some(peer)))
+                Ok((Detached::Unix(stream.into_std()?), SourceAddress::Unix { pid }, Some(peer)))
             }
             Listener::Tcp(listener) | Listener::Tls(listener, _) => {
                 let (stream, address) = listener.accept().await?;
                 stream.set_nodelay(true)?;
-                Ok((Socket::Tcp(stream), SourceAddress::Tcp(address), None))
+                Ok((Detached::Tcp(stream.into_std()?), SourceAddress::Tcp(address), None))
             }
         }
     }
@@ -148,84 +146,92 @@ impl Bound {
 struct Incoming {
     bound: Bound,
     places: Places,
-    /// In tasks of their own, so that a slow one holds up nobody. Each has a place, which bounds them; they end with
-    /// the listener.
-    handshakes: JoinSet<Shaken>,
-    complaints: Complaints,
-}
-
-/// How a handshake ended.
-struct Shaken {
-    result: io::Result<Secured>,
-    admitted: Admitted,
+    complaints: Arc<Complaints>,
 }
 
 impl Incoming {
-    async fn next(&mut self) -> Connection {
+    async fn next(&mut self) -> Accepted {
         loop {
-            let connection = tokio::select! {
-                accepted = self.bound.accept() => match accepted {
-                    Ok((socket, source, peer)) => self.admit(socket, source, peer),
-                    // Out of file descriptors, or a peer that went before it was accepted: the listener lives on, but
-                    // not in a circle without a pause.
-                    Err(error) => {
-                        self.complaints.accept.say(|suppressed| {
-                            tracing::warn!(%error, suppressed, "accept failed");
-                        });
-                        pause().await;
-                        None
+            match self.bound.accept().await {
+                Ok((socket, source, peer)) => {
+                    if let Some(accepted) = self.admit(socket, source, peer) {
+                        return accepted;
                     }
-                },
-                Some(shaken) = self.handshakes.join_next() => self.shaken(shaken),
-            };
-            if let Some(connection) = connection {
-                return connection;
+                }
+                // Out of file descriptors, or a peer that went before it was accepted: the listener lives on, but not
+                // in a circle without a pause.
+                Err(error) => {
+                    self.complaints.accept.say(|suppressed| {
+                        tracing::warn!(%error, suppressed, "accept failed");
+                    });
+                    pause().await;
+                }
             }
         }
     }
 
-    /// Gives a connection its place, before anything is read from it, and begins its handshake where it has one.
-    fn admit(&mut self, socket: Socket, source: SourceAddress, peer: Option<Peer>) -> Option<Connection> {
-        let place = match self.places.take(&source, peer) {
-            Ok(place) => place,
+    /// Gives a connection its place, before anything is read from it.
+    fn admit(&self, socket: Detached, source: SourceAddress, peer: Option<Peer>) -> Option<Accepted> {
+        match self.places.take(&source, peer) {
+            Ok(place) => {
+                let (tls, complaints) = (self.bound.tls().cloned(), Arc::clone(&self.complaints));
+                Some(Accepted { socket, source, peer, place, tls, complaints })
+            }
             Err(full) => {
                 self.complaints.place.say(|suppressed| {
                     tracing::warn!(%source, suppressed, "connection refused: {full}");
                 });
-                return None;
-            }
-        };
-        let admitted = Admitted::new(source, peer, place);
-        match (socket, self.bound.tls()) {
-            (Socket::Tcp(stream), Some(tls)) => {
-                let tls = Arc::clone(tls);
-                self.handshakes.spawn(async move {
-                    let result = tls.accept(stream).await;
-                    Shaken { result, admitted }
-                });
                 None
             }
-            (socket, _) => Some(Connection::new(socket, admitted)),
         }
     }
+}
 
-    fn shaken(&mut self, shaken: Result<Shaken, JoinError>) -> Option<Connection> {
-        match shaken {
-            Ok(Shaken { result: Ok(secured), admitted }) => {
-                let admitted = admitted.shaken(secured.certificate());
-                Some(Connection::new(Socket::Tls(Box::new(secured)), admitted))
-            }
-            Ok(Shaken { result: Err(error), admitted }) => {
-                self.complaints.handshake.say(|suppressed| {
-                    tracing::warn!(source = %admitted.info.source, %error, suppressed, "TLS handshake failed");
+/// A connection that has its place, and has said nothing yet. It belongs to no runtime.
+pub(in crate::server) struct Accepted {
+    socket: Detached,
+    source: SourceAddress,
+    peer: Option<Peer>,
+    place: Place,
+    tls: Option<Arc<Tls>>,
+    complaints: Arc<Complaints>,
+}
+
+/// A socket that no runtime watches.
+enum Detached {
+    Unix(std::os::unix::net::UnixStream),
+    Tcp(std::net::TcpStream),
+}
+
+impl Accepted {
+    /// The connection, after its handshake where it has one, on the runtime that asks; `None`, which was complained of,
+    /// where there is none.
+    pub(in crate::server) async fn begin(self) -> Option<Connection> {
+        let Self { socket, source, peer, place, tls, complaints } = self;
+        let admitted = Admitted::new(source.clone(), peer, place);
+        let begun = async {
+            Ok(match (socket, tls) {
+                (Detached::Unix(stream), _) => {
+                    Connection::new(Socket::Unix(UnixStream::from_std(stream)?), admitted)
+                }
+                (Detached::Tcp(stream), None) => {
+                    Connection::new(Socket::Tcp(TcpStream::from_std(stream)?), admitted)
+                }
+                (Detached::Tcp(stream), Some(tls)) => {
+                    let secured = tls.accept(TcpStream::from_std(stream)?).await?;
+                    let admitted = admitted.shaken(secured.certificate());
+                    Connection::new(Socket::Tls(Box::new(secured)), admitted)
+                }
+            })
+        };
+        let begun: io::Result<Connection> = begun.await;
+        begun
+            .inspect_err(|error| {
+                complaints.handshake.say(|suppressed| {
+                    tracing::warn!(%source, %error, suppressed, "TLS handshake failed");
                 });
-                None
-            }
-            Err(error) => {
-                tracing::error!(%error, "a TLS handshake ended in a defect");
-                None
-            }
-        }
+            })
+            .ok()
     }
 }
 
@@ -240,16 +246,20 @@ struct Complaints {
 /// A warning that repeats is said with its 1st, 10th, 100th … occurrence.
 #[derive(Default)]
 struct Complaint {
-    times: u64,
-    next: u64,
+    /// How often there was reason to, and from which time on it is said again.
+    times: Mutex<(u64, u64)>,
 }
 
 impl Complaint {
-    fn say(&mut self, say: impl FnOnce(u64)) {
-        self.times += 1;
-        if self.times > self.next {
-            say(self.times - 1);
-            self.next = self.times.saturating_mul(10).saturating_sub(1);
+    fn say(&self, say: impl FnOnce(u64)) {
+        let mut counted = self.times.lock().unwrap_or_else(PoisonError::into_inner);
+        let (times, next) = &mut *counted;
+        *times += 1;
+        if *times > *next {
+            let suppressed = *times - 1;
+            *next = times.saturating_mul(10).saturating_sub(1);
+            drop(counted);
+            say(suppressed);
         }
     }
 }
@@ -375,7 +385,7 @@ mod tests {
         let _client = std::net::TcpStream::connect(address).unwrap();
         let places = Places::new(&crate::server::Limits::default());
         let mut incoming = Box::pin(bound.incoming(places));
-        let first = driver.block_on(incoming.next()).unwrap().unwrap();
+        let first = driver.block_on(async { incoming.next().await.unwrap().begin().await.unwrap() });
         assert!(matches!(first.info().source, SourceAddress::Tcp(_)));
         drop((first, incoming, stop));
         assert!(turning.join().unwrap());
@@ -383,7 +393,7 @@ mod tests {
 
     #[test]
     fn a_complaint_that_repeats_is_said_less_and_less() {
-        let (mut complaint, mut said) = (Complaint::default(), Vec::new());
+        let (complaint, mut said) = (Complaint::default(), Vec::new());
         (1..=1_000).for_each(|_| complaint.say(|suppressed| said.push(suppressed)));
         assert_eq!(said, [0, 9, 99, 999]);
     }

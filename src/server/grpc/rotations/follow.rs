@@ -8,8 +8,8 @@
 //!
 //! What is dropped with the reader is the waiting alone: the rotation is a task of its own, which comes to a phase's end.
 
-use std::sync::Arc;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
