@@ -1,14 +1,15 @@
 //! What `claviger exec` adds to the start of a command, its broker warm on its socket; against `env`, which reads its
 //! variables from its arguments.
 
-use std::io::{BufRead as _, BufReader};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::{milliseconds, percentile, pin, row};
+use crate::percentile;
+use crate::process::pin;
+use crate::program::{CLAVIGER, Program, command};
+use crate::report::{Report, milliseconds};
 
-const RUNS: usize = 30;
 /// Runs before, which are not counted.
 const WARM: usize = 3;
 
@@ -36,42 +37,34 @@ const REFERENCES: [(&str, &str); 20] = [
     ("SMTP_PASSWORD", "api-keys#email"),
 ];
 
-pub(crate) fn measure(folder: &Path) {
+/// The median of so many runs of each, the one after the other.
+pub(crate) fn measure(folder: &Path, runs: usize, report: &mut Report) {
     let manifest = folder.join("claviger.toml");
     let variables = REFERENCES.map(|(name, reference)| format!("{name} = \"{reference}\"\n"));
     std::fs::write(&manifest, format!("[env]\n{}", variables.concat())).unwrap();
-    let broker = Broker::start(folder);
+    let socket = folder.join("dev.sock");
+    let _broker = start(folder, &socket);
     let mut env = command(ENV);
     env.args(["X=1", "true"]);
     let mut exec = command(CLAVIGER);
-    exec.args(["exec", "-e", "development", "-a"]).arg(&broker.address);
+    exec.args(["exec", "-e", "development", "-a"]).arg(format!("unix://{}", socket.display()));
     exec.arg("-m").arg(&manifest).args(["--", "true"]);
     let (mut bare, mut ours) = (Vec::new(), Vec::new());
-    for _ in 0..WARM + RUNS {
+    for _ in 0..WARM + runs {
         bare.push(time(&mut env));
         ours.push(time(&mut exec));
     }
     let bare = percentile(&mut bare[WARM..], 50);
     let ours = percentile(&mut ours[WARM..], 50);
     let more = (ours.as_secs_f64() - bare.as_secs_f64()) * 1e3;
+    report.figure("exec_20_ms", more);
+    report.figure("env_ms", bare.as_secs_f64() * 1e3);
     let name = "`exec` with 20 references over `env`, its broker warm";
-    row([name, &milliseconds(bare), &milliseconds(ours), &format!("{more:+.2} ms"), "≤ 5 ms"]);
+    report.row([name, &milliseconds(bare), &milliseconds(ours), &format!("{more:+.2} ms"), "≤ 5 ms"]);
 }
 
 /// By its path, as the other program is: one that has to be looked for is started in a slower way.
 const ENV: &str = "/usr/bin/env";
-
-/// The program, built as this benchmark is.
-const CLAVIGER: &str = env!("CARGO_BIN_EXE_claviger");
-
-/// A command with an environment of nothing but what it takes to find others, so that no setting of who measures
-/// (a token, an address, cargo's folders of libraries) has a say.
-fn command(program: &str) -> Command {
-    let mut command = Command::new(program);
-    command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
-    command
-}
 
 fn time(command: &mut Command) -> Duration {
     let start = Instant::now();
@@ -84,37 +77,13 @@ fn time(command: &mut Command) -> Duration {
 }
 
 /// A throw-away broker with the sample secrets.
-struct Broker {
-    process: Child,
-    address: String,
-}
-
-impl Broker {
-    fn start(folder: &Path) -> Self {
-        let socket = folder.join("dev.sock");
-        let mut dev = command(CLAVIGER);
-        dev.env("USER", "benchmark").arg("dev");
-        dev.arg("--data").arg(folder.join("dev")).arg("--socket").arg(&socket);
-        // A process starts on the core of who starts it.
-        pin(0);
-        let mut process = dev.spawn().unwrap_or_else(|error| panic!("{dev:?}: {error}"));
-        pin(1);
-        let mut stderr = BufReader::new(process.stderr.take().expect("a pipe"));
-        let broker = Self { process, address: format!("unix://{}", socket.display()) };
-        let mut said = String::new();
-        while !said.contains("listening on") {
-            let read = stderr.read_line(&mut said).unwrap();
-            assert!(read > 0, "`claviger dev` ended before it listened: {said}");
-        }
-        // Read on, so that nothing it says makes it wait.
-        std::thread::spawn(move || std::io::copy(&mut stderr, &mut std::io::sink()));
-        broker
-    }
-}
-
-impl Drop for Broker {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
+fn start(folder: &Path, socket: &Path) -> Program {
+    let mut dev = command(CLAVIGER);
+    dev.env("USER", "benchmark").arg("dev");
+    dev.arg("--data").arg(folder.join("dev")).arg("--socket").arg(socket);
+    // A process starts on the core of who starts it.
+    pin(0);
+    let broker = Program::start(&mut dev);
+    pin(1);
+    broker
 }

@@ -17,7 +17,9 @@ use claviger::store::{
 };
 use jiff::Timestamp;
 
-use crate::{VALUE, pin, resident_kib, row, server};
+use crate::process::{pin, resident_kib};
+use crate::report::Report;
+use crate::{VALUE, server};
 
 /// How many secrets are cached.
 const SECRETS: u64 = 10_000;
@@ -25,7 +27,7 @@ const SECRETS: u64 = 10_000;
 const BEFORE: u64 = 200;
 
 /// Measures in a process of its own, whose allocator has done nothing else.
-pub(crate) fn measure() {
+pub(crate) fn measure(report: &mut Report) {
     let child = Command::new(std::env::current_exe().unwrap())
         .arg("--memory")
         .stderr(Stdio::inherit())
@@ -34,7 +36,9 @@ pub(crate) fn measure() {
     assert!(child.status.success(), "the process that caches secrets ended with {}", child.status);
     let grown: u64 = String::from_utf8_lossy(&child.stdout).trim().parse().expect("how much it grew");
     let beyond = (grown as f64 / SECRETS as f64) - VALUE as f64;
-    row(["memory per cached secret beyond its value", "–", &format!("{beyond:.0} B"), "–", "≤ 1024 B"]);
+    report.figure("bytes_per_secret", beyond);
+    let name = "memory per cached secret beyond its value";
+    report.row([name, "–", &format!("{beyond:.0} B"), "–", "≤ 1024 B"]);
 }
 
 /// Caches the secrets, and says by how many bytes the process grew.

@@ -1,46 +1,43 @@
 //! What a decision costs that is not cached, among few policies and among many: in this process, without a wire.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use claviger::clock::SystemClock;
 use claviger::environment::{Environment, Registry};
 use claviger::identity::{Principal, PrincipalKind, Proof};
-use claviger::policy::{Action, Context, Policies, PolicySource, Resource, SHIPPED};
+use claviger::policy::{Action, Context, Policies, PolicySource, Resource};
 use claviger::secret::SecretId;
 
-use crate::{percentile, row};
+use crate::percentile;
+use crate::report::{Report, microseconds};
+use crate::teams::{ENVIRONMENTS, environment, secret, team, texts};
 
-const ENVIRONMENTS: [&str; 3] = ["development", "staging", "production"];
 /// How many questions a median is of, at least; and the most that are put to one load of the policies.
 const QUESTIONS: usize = 2_000;
-const POLICIES_PER_FILE: usize = 100;
-const POLICIES_PER_TEAM: usize = 10;
 
 /// Two medians: where the policies that fit are put together for the question, and where a colleague's question left
 /// them so.
-pub(crate) fn measure() {
+pub(crate) fn measure(report: &mut Report) {
     let mut fewest = None;
     for (count, target) in [(50, "–"), (500, "–"), (10_000, "≤ 20 µs")] {
-        let medians = medians(count);
+        let medians = medians(count).map(|median| median.as_secs_f64() * 1e6);
         let baseline = *fewest.get_or_insert(medians);
-        for (number, kind) in ["its policy set new", "its policy set known"].into_iter().enumerate() {
+        for (number, (kind, figure)) in
+            [("its policy set new", "us"), ("its policy set known", "known_us")].into_iter().enumerate()
+        {
             let name = format!("decision not cached, {count} policies, {kind}");
             let (bare, ours) = (baseline[number], medians[number]);
-            let ratio = format!("{:.2}", ours.as_secs_f64() / bare.as_secs_f64());
-            row([&name, &microseconds(bare), &microseconds(ours), &ratio, target]);
+            report.figure(format!("decision_{count}_{figure}"), ours);
+            let ratio = format!("{:.2}", ours / bare);
+            report.row([&name, &microseconds(bare), &microseconds(ours), &ratio, target]);
         }
     }
 }
 
-fn microseconds(time: Duration) -> String {
-    format!("{:.1} µs", time.as_secs_f64() * 1e6)
-}
-
 fn medians(count: usize) -> [Duration; 2] {
-    let policies = Policies::load(source(count), registry(), SystemClock::shared())
+    let policies = Policies::load(PolicySource::Texts(texts(count)), registry(), SystemClock::shared())
         .unwrap_or_else(|error| panic!("{count} policies: {error}"));
     assert_eq!(policies.len(), count);
     let (mut first, mut second) = (Vec::<Duration>::new(), Vec::<Duration>::new());
@@ -86,45 +83,4 @@ fn registry() -> Registry {
         environment
     });
     Registry::new(environments).unwrap()
-}
-
-/// The shipped schema with `count` policies, in files as people keep them.
-fn source(count: usize) -> PolicySource {
-    let (schema, text) = SHIPPED.iter().find(|(name, _)| name.ends_with(".cedarschema")).expect("a schema");
-    let mut texts = vec![((*schema).to_owned(), (*text).to_owned())];
-    for first in (0..count).step_by(POLICIES_PER_FILE) {
-        let mut text = String::new();
-        for number in first..count.min(first + POLICIES_PER_FILE) {
-            writeln!(text, "{}", policy(number)).unwrap();
-        }
-        texts.push((format!("teams-{first:05}.cedar"), text));
-    }
-    PolicySource::Texts(texts)
-}
-
-/// A permit for one team: for one secret, or, every tenth, for whatever of an environment is in the team's folder.
-fn policy(number: usize) -> String {
-    let (team, environment, secret) = (team(number), environment(number), secret(number));
-    let (resource, condition) = if number % POLICIES_PER_TEAM == POLICIES_PER_TEAM - 1 {
-        let condition = format!("\nwhen {{ resource.folders.contains(\"{team}\") }}");
-        (format!("is Secret in Environment::\"{environment}\""), condition)
-    } else {
-        (format!("== Secret::\"{environment}:{secret}\""), String::new())
-    };
-    format!(
-        "@id(\"{team}-reads-{number}\")\npermit (\n  principal in Group::\"{team}\",\n  \
-         action in [Action::\"read\", Action::\"describe\"],\n  resource {resource}\n){condition};\n"
-    )
-}
-
-fn team(number: usize) -> String {
-    format!("team-{}", number / POLICIES_PER_TEAM)
-}
-
-fn environment(number: usize) -> &'static str {
-    ENVIRONMENTS[number % ENVIRONMENTS.len()]
-}
-
-fn secret(number: usize) -> String {
-    format!("{}/service-{}/database", team(number), number % POLICIES_PER_TEAM)
 }

@@ -1,96 +1,113 @@
-//! Cached reads over the wire: how many a second, how late the slowest, and what the servers weigh.
+//! Cached reads over the wire, one at a time: how many a second, what each costs the server, and how late the slowest.
 
 use std::fs::File;
-use std::io::{BufRead as _, BufReader, Write as _};
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::io::Write as _;
 use std::time::{Duration, Instant};
 
-use claviger::proto::v1;
-use claviger::proto::v1::secret_service_client::SecretServiceClient;
-use tokio::runtime::Runtime;
-use tonic::Request;
-use tonic::transport::Channel;
+use crate::client::{Bench, Client, Server, What, at_10k, p99 as p99_of};
+use crate::report::{Report, microseconds, milliseconds};
+use crate::turns::{Turn, median, paired, sum, take_turns};
+use crate::{VALUE, percentile};
 
-use crate::{Options, VALUE, milliseconds, percentile, resident_kib, row};
+/// Connections and streams on each; what it is called in figures; and who is measured beside the echo: its name, its
+/// figure's name and its target.
+type Row = ((usize, usize), &'static str, &'static [(&'static str, &'static str, &'static str)]);
 
-/// What is asked of, and where the disk is that answers wait for.
-struct Bench<'a> {
-    runtime: Runtime,
-    folder: &'a Path,
-    window: Duration,
-    echo: Server,
-    durable: Server,
-    relaxed: Server,
-}
+const ROWS: [Row; 5] = [
+    ((4, 16), "echo_64", &[("durable", "durable_64", "≥ 0.55"), ("relaxed", "relaxed_64", "≥ 0.8")]),
+    ((16, 16), "echo_256", &[("durable", "durable_256", "≥ 0.7")]),
+    ((16, 1), "echo_16x1", &[("relaxed", "relaxed_16x1", "–")]),
+    ((64, 1), "echo_64x1", &[("relaxed", "relaxed_64x1", "–"), ("durable", "durable_64x1", "–")]),
+    ((256, 1), "echo_256x1", &[("relaxed", "relaxed_256x1", "–")]),
+];
 
-pub(crate) fn measure(options: &Options, folder: &Path) {
-    let bench = Bench {
-        runtime: tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap(),
-        folder,
-        window: options.window,
-        echo: Server::start("echo", folder),
-        durable: Server::start("durable", folder),
-        relaxed: Server::start("relaxed", folder),
-    };
-    if options.wants("rates") {
-        bench.rates();
-    }
-    if options.wants("p99") {
-        bench.p99();
-    }
-    if options.wants("start") {
-        let megabytes = |server: &Server| format!("{:.1} MB", server.memory_at_start_kib as f64 * 1.024e-3);
-        let (echo, broker) = (megabytes(&bench.echo), megabytes(&bench.durable));
-        row(["memory at start", &echo, &broker, "–", "≤ 25 MB"]);
-    }
-}
-
-impl Bench<'_> {
-    fn rates(&self) {
-        for (name, server, connections, streams, target) in [
-            ("durable, 4 × 16", &self.durable, 4, 16, "≥ 0.55"),
-            ("durable, 16 × 16", &self.durable, 16, 16, "≥ 0.7"),
-            ("relaxed, 4 × 16", &self.relaxed, 4, 16, "≥ 0.8"),
-            ("relaxed, 64 × 1", &self.relaxed, 64, 1, "–"),
-            ("durable, 64 × 1", &self.durable, 64, 1, "–"),
-        ] {
-            let half = |server: &Server| {
-                self.runtime.block_on(rate(&server.reader, connections, streams, self.window / 2))
-            };
-            let (mut bare, mut ours) = (0.0, 0.0);
-            for _ in 0..2 {
-                bare += half(&self.echo);
-                ours += half(server);
-            }
-            let name = format!("cached reads a second, {name}");
-            let (shown_bare, shown_ours) = (format!("{:.0}", bare / 2.0), format!("{:.0}", ours / 2.0));
-            row([&name, &shown_bare, &shown_ours, &format!("{:.2}", ours / bare), target]);
+pub(crate) fn rates(bench: &Bench<'_>, report: &mut Report) {
+    for (shape, echo, brokers) in ROWS {
+        let server = |name: &str| if name == "durable" { &bench.durable } else { &bench.relaxed };
+        let servers: Vec<&Server> =
+            [&bench.echo].into_iter().chain(brokers.iter().map(|&(name, ..)| server(name))).collect();
+        let turns = bench.in_turn(&servers, shape, What::Same);
+        let (bare, ours) = turns.split_first().expect("the echo's");
+        figures_of(echo, bare, report);
+        for ((name, figure, target), ours) in brokers.iter().zip(ours) {
+            let shape = format!("{name}, {} × {}", shape.0, shape.1);
+            let ratio = paired(ours, bare, Turn::rate);
+            report.figure(*figure, ratio);
+            figures_of(figure, ours, report);
+            compare(&shape, (bare, ours), ratio, target, report);
         }
     }
+}
 
-    fn p99(&self) {
-        let p99 = |server: &Server| self.runtime.block_on(p99_at_10k(&server.reader, self.window));
-        compare("relaxed, against the echo's", p99(&self.echo), p99(&self.relaxed), "≤ 1.3");
-        let mut file = File::create_new(self.folder.join("commits")).unwrap();
-        let mut commits = commit_times(&mut file, self.window / 2);
-        let (bare, ours) = (p99(&self.echo), p99(&self.durable));
-        commits.extend(commit_times(&mut file, self.window / 2));
-        compare("durable, against the echo's", bare, ours, "–");
-        compare("durable, against the disk's commits", percentile(&mut commits, 99), ours, "≤ 3");
+/// A row for the rate, and one for what a read costs the server.
+fn compare(shape: &str, (bare, ours): (&[Turn], &[Turn]), ratio: f64, target: &str, report: &Report) {
+    let rate = |turns: &[Turn]| format!("{:.0}", median(turns.iter().map(Turn::rate).collect()));
+    let name = format!("cached reads a second, {shape}");
+    report.row([&name, &rate(bare), &rate(ours), &format!("{ratio:.2}"), target]);
+    let (bare, ours) = (sum(bare).cpu_each(), sum(ours).cpu_each());
+    let name = format!("the server's processor time for each, {shape}");
+    let ratio = format!("{:.2}", ours / bare);
+    report.row([&name, &microseconds(bare), &microseconds(ours), &ratio, "–"]);
+}
+
+fn figures_of(name: &str, turns: &[Turn], report: &mut Report) {
+    report.figure(format!("{name}_per_s"), median(turns.iter().map(Turn::rate).collect()));
+    report.figure(format!("{name}_cpu_us"), sum(turns).cpu_each());
+    report.figure(format!("{name}_busy"), sum(turns).busy());
+}
+
+/// Over so many connections requests come at a steady rate.
+const CONNECTIONS: usize = 16;
+
+/// Echo, brokers and disk in turn. Against the echo the median of the paired ratios counts, as for rates. A turn has too
+/// few commits for a percentile, so against the disk both are of all turns together.
+pub(crate) fn p99(bench: &Bench<'_>, report: &mut Report) {
+    let window = bench.window * 2;
+    let servers = [&bench.echo, &bench.relaxed, &bench.durable];
+    let clients: Vec<Vec<Client>> =
+        servers.iter().map(|server| bench.runtime.block_on(server.connect(CONNECTIONS))).collect();
+    let mut file = File::create_new(bench.folder.join("commits")).unwrap();
+    let turns = take_turns(bench.rounds, servers.len() + 1, |number, part| match clients.get(number) {
+        Some(clients) => bench.runtime.block_on(at_10k(clients, part.of(window))),
+        None => commit_times(&mut file, part.of(bench.window)),
+    });
+    let [bare, relaxed, durable, commits] = <[_; 4]>::try_from(turns).expect("four took turns");
+    let late = |times: &Vec<Duration>| p99_of(times).as_secs_f64();
+    let usual = |turns: &[Vec<Duration>]| median(turns.iter().map(late).collect());
+    let of_all = |turns: Vec<Vec<Duration>>| percentile(&mut turns.concat(), 99).as_secs_f64();
+
+    let [bare_p99, relaxed_p99, durable_p99] = [&bare, &relaxed, &durable].map(|turns| usual(turns));
+    let ratio = paired(&relaxed, &bare, late);
+    report.figure("p99_relaxed_10k", ratio);
+    row("relaxed, against the echo's", (bare_p99, relaxed_p99), ratio, "≤ 1.3", report);
+    let ratio = paired(&durable, &bare, late);
+    report.figure("p99_durable_10k_echo", ratio);
+    row("durable, against the echo's", (bare_p99, durable_p99), ratio, "–", report);
+
+    let (commit, durable_of_all) = (of_all(commits), of_all(durable));
+    let ratio = durable_of_all / commit;
+    report.figure("p99_durable_10k", ratio);
+    row("durable, against the disk's commits", (commit, durable_of_all), ratio, "≤ 3", report);
+    for (name, seconds) in [
+        ("echo_p99_10k_ms", bare_p99),
+        ("relaxed_p99_10k_ms", relaxed_p99),
+        ("durable_p99_10k_ms", durable_p99),
+        ("disk_commit_p99_ms", commit),
+    ] {
+        report.figure(name, seconds * 1e3);
     }
 }
 
-fn compare(name: &str, bare: Duration, ours: Duration, target: &str) {
-    let name = format!("p99 at 10,000 reads a second over 16 connections, {name}");
-    let ratio = format!("{:.2}", ours.as_secs_f64() / bare.as_secs_f64());
-    row([&name, &milliseconds(bare), &milliseconds(ours), &ratio, target]);
+fn row(name: &str, (bare, ours): (f64, f64), ratio: f64, target: &str, report: &Report) {
+    let name = format!("p99 at 10,000 reads a second over {CONNECTIONS} connections, {name}");
+    let [bare, ours] = [bare, ours].map(|seconds| milliseconds(Duration::from_secs_f64(seconds)));
+    report.row([&name, &bare, &ours, &format!("{ratio:.2}"), target]);
 }
 
-/// How long the disk takes, asked up to 200 times a second, to commit a value's size at the end of a file: the least
+/// How long the disk takes, asked up to 500 times a second, to commit a value's size at the end of a file: the least
 /// that a durable answer waits for.
 fn commit_times(file: &mut File, window: Duration) -> Vec<Duration> {
-    const GAP: Duration = Duration::from_millis(5);
+    const GAP: Duration = Duration::from_millis(2);
     let begin = Instant::now();
     let mut times = Vec::new();
     while begin.elapsed() < window {
@@ -102,142 +119,4 @@ fn commit_times(file: &mut File, window: Duration) -> Vec<Duration> {
         std::thread::sleep(GAP.saturating_sub(took));
     }
     times
-}
-
-struct Server {
-    process: Child,
-    reader: Reader,
-    memory_at_start_kib: u64,
-}
-
-/// How a server is asked.
-#[derive(Clone)]
-struct Reader {
-    address: String,
-    token: Option<String>,
-}
-
-impl Server {
-    fn start(what: &str, folder: &Path) -> Self {
-        let mut process = Command::new(std::env::current_exe().unwrap())
-            .args(["--serve", what])
-            .arg(folder)
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut line = String::new();
-        BufReader::new(process.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        let (address, token) = line.trim().split_once(' ').expect("the server says where it is");
-        let token = (token != "-").then(|| token.to_owned());
-        let memory_at_start_kib = resident_kib(process.id());
-        Self { reader: Reader { address: address.to_owned(), token }, process, memory_at_start_kib }
-    }
-}
-
-impl Reader {
-    async fn connect(&self) -> SecretServiceClient<Channel> {
-        let endpoint = Channel::from_shared(self.address.clone()).unwrap().tcp_nodelay(true);
-        SecretServiceClient::new(endpoint.connect().await.unwrap())
-    }
-
-    fn request(&self) -> Request<v1::GetSecretRequest> {
-        let mut request = Request::new(v1::GetSecretRequest {
-            environment: "production".to_owned(),
-            name: "benchmark".to_owned(),
-            ..Default::default()
-        });
-        if let Some(token) = &self.token {
-            request.metadata_mut().insert("authorization", format!("Bearer {token}").parse().unwrap());
-        }
-        request
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
-
-/// Answers per second of a closed loop, `connections` × `streams` in flight.
-async fn rate(reader: &Reader, connections: usize, streams: usize, window: Duration) -> f64 {
-    let mut tasks = Vec::new();
-    let start = Instant::now();
-    for _ in 0..connections {
-        let client = reader.connect().await;
-        for _ in 0..streams {
-            let (mut client, reader) = (client.clone(), reader.clone());
-            tasks.push(tokio::spawn(async move {
-                let mut answered = 0_u64;
-                while start.elapsed() < window {
-                    let answer = client.get_secret(reader.request()).await.expect("an answer").into_inner();
-                    assert_eq!(answer.secret.unwrap().payload.unwrap().data.len(), VALUE);
-                    answered += 1;
-                }
-                answered
-            }));
-        }
-    }
-    let mut answered = 0;
-    for task in tasks {
-        answered += task.await.unwrap();
-    }
-    answered as f64 / start.elapsed().as_secs_f64()
-}
-
-/// The 99th percentile at a steady 10,000 requests a second over 16 connections, counted from when a request was
-/// due, not from when it could be sent. The pace is kept by asking for the time again and again: a timer's millisecond
-/// would be most of what is measured.
-async fn p99_at_10k(reader: &Reader, window: Duration) -> Duration {
-    const CONNECTIONS: usize = 16;
-    const GAP: Duration = Duration::from_micros(100);
-    let mut clients = Vec::new();
-    for _ in 0..CONNECTIONS {
-        clients.push(reader.connect().await);
-    }
-    let mut calls = Vec::new();
-    let mut due = Instant::now();
-    let end = due + window;
-    while due < end {
-        while Instant::now() < due {
-            tokio::task::yield_now().await;
-        }
-        let (mut client, request, at) = (clients[calls.len() % CONNECTIONS].clone(), reader.request(), due);
-        calls.push(tokio::spawn(async move {
-            client.get_secret(request).await.expect("an answer");
-            at.elapsed()
-        }));
-        due += GAP;
-    }
-    let mut times = Vec::new();
-    for call in calls {
-        times.push(call.await.unwrap());
-    }
-    percentile(&mut times, 99)
-}
-
-/// Asks a server so often, for a profile of it.
-pub(crate) fn ask(address: &str, token: &str, connections: usize, streams: usize, times: u64) {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let token = (token != "-").then(|| token.to_owned());
-    let reader = Reader { address: address.to_owned(), token };
-    runtime.block_on(async {
-        let each = times / u64::try_from(connections * streams).unwrap();
-        let mut tasks = Vec::new();
-        for _ in 0..connections {
-            let client = reader.connect().await;
-            for _ in 0..streams {
-                let (mut client, reader) = (client.clone(), reader.clone());
-                tasks.push(tokio::spawn(async move {
-                    for _ in 0..each {
-                        client.get_secret(reader.request()).await.expect("an answer");
-                    }
-                }));
-            }
-        }
-        for task in tasks {
-            task.await.unwrap();
-        }
-    });
 }

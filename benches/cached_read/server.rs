@@ -1,4 +1,5 @@
-//! The servers that the reads are put to: a bare echo, and the broker as it ships. Each is a process of its own.
+//! The servers that the reads are put to: a bare echo, and the broker as it ships. Each is a process of its own, on one
+//! current-thread runtime.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write as _;
@@ -16,14 +17,27 @@ use claviger::policy::PolicySource;
 use claviger::proto::v1;
 use claviger::proto::v1::secret_service_server::{SecretService, SecretServiceServer};
 use claviger::secret::{SecretId, SecretValue, VersionId};
-use claviger::server::Listen;
+use claviger::server::{Limits, Listen};
 use claviger::store::Put;
 use tokio::sync::watch;
 use tonic::{Request, Response, Status};
 
-use crate::{VALUE, pin};
+use crate::{VALUE, certificates, pin};
 
-/// Serves until it is killed; says on its first line where, and with which token to read.
+/// Where the secrets are.
+pub(crate) const ENVIRONMENT: &str = "production";
+/// The secret that is read again and again.
+pub(crate) const NAME: &str = "benchmark";
+/// How many more there are, for a batch.
+pub(crate) const BATCH: usize = 200;
+
+/// One secret of the batch.
+pub(crate) fn of_batch(number: usize) -> String {
+    format!("{NAME}-{number:03}")
+}
+
+/// Serves until it is killed; says on its first line where, with which token to read, and where with TLS. What there
+/// is none of is `-`.
 pub(crate) fn serve(what: &str, folder: &Path) {
     pin(0);
     let runtime = runtime();
@@ -85,8 +99,8 @@ echo! {
 
 async fn serve_echo() {
     let secret = v1::Secret {
-        environment: "production".to_owned(),
-        name: "benchmark".to_owned(),
+        environment: ENVIRONMENT.to_owned(),
+        name: NAME.to_owned(),
         version_id: "11111111-1111-4111-8111-111111111111".to_owned(),
         labels: vec!["AWSCURRENT".to_owned()],
         created_at: Some(prost_types::Timestamp { seconds: 1_700_000_000, nanos: 123_456_789 }),
@@ -97,40 +111,50 @@ async fn serve_echo() {
     };
     let echo = SecretServiceServer::new(Echo(v1::GetSecretResponse { secret: Some(secret) }));
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    ready(&format!("http://{} -", listener.local_addr().unwrap()));
+    ready(&format!("http://{} - -", listener.local_addr().unwrap()));
     let incoming = tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true));
     tonic::transport::Server::builder().add_service(echo).serve_with_incoming(incoming).await.unwrap();
 }
 
 async fn serve_broker(name: &str, durability: Durability, folder: &Path) {
-    let mut environment = Environment::sealed("production".parse().unwrap());
+    let mut environment = Environment::sealed(ENVIRONMENT.parse().unwrap());
     environment.durability = durability;
     let root_key = RootKeyChoice::File(folder.join(format!("{name}.key")));
     let registry = Registry::new([environment]).unwrap();
+    let mut listen = vec![Listen::Tcp("127.0.0.1:0".parse().unwrap())];
+    listen.extend(certificates::settings(folder).map(Listen::Tls));
     let resolved = Resolved {
-        listen: vec![Listen::Tcp("127.0.0.1:0".parse().unwrap())],
+        listen,
+        // All connections come from one address here, and those of the row before may not have gone yet.
+        limits: Limits { connections: 8_192, connections_per_caller: 4_096, ..Limits::default() },
         instance: "benchmark".to_owned(),
         ..Resolved::new(folder.join(name), root_key, PolicySource::shipped(), registry)
     };
     let running = Running::start(&resolved, &|_| None, SystemClock::shared()).await.unwrap();
     let token = prepare(&running).await;
-    let door = resolved.listen[0].bind().await.unwrap();
-    ready(&format!("{} {token}", door.address()));
+    let mut doors = Vec::new();
+    for listen in &resolved.listen {
+        doors.push(listen.bind().await.unwrap());
+    }
+    let tls = doors.get(1).map_or("-", |door| door.address());
+    ready(&format!("{} {token} {tls}", doors[0].address()));
     let (_stop, stopped) = watch::channel(false);
-    running.serve(vec![door], resolved.limits, stopped).await.unwrap();
+    running.serve(doors, resolved.limits, stopped).await.unwrap();
 }
 
-/// Puts the secret and issues the token that the client reads it with.
+/// Puts the secrets and issues the token that the client reads them with.
 async fn prepare(running: &Running) -> String {
     let administrator = || Call::internal(Principal::internal("benchmark", ["administrators"]), "benchmark");
-    let put = Put {
-        value: SecretValue::text("x".repeat(VALUE)).unwrap(),
-        token: VersionId::generate(),
-        labels: Vec::new(),
-        expected: None,
-    };
-    let id = SecretId::parse("production", "benchmark").unwrap();
-    running.broker.put(&administrator(), id, put, false).await.unwrap();
+    for name in (0..BATCH).map(of_batch).chain([NAME.to_owned()]) {
+        let put = Put {
+            value: SecretValue::text("x".repeat(VALUE)).unwrap(),
+            token: VersionId::generate(),
+            labels: Vec::new(),
+            expected: None,
+        };
+        let id = SecretId::parse(ENVIRONMENT, &name).unwrap();
+        running.broker.put(&administrator(), id, put, false).await.unwrap();
+    }
     let request = TokenRequest {
         kind: PrincipalKind::User,
         principal: "reader".to_owned(),

@@ -3,11 +3,23 @@
 use std::collections::BTreeMap;
 
 use super::{Broker, BrokerError, Call, record};
-use crate::cache::{Cache, Stats};
+use crate::cache::{Cache, MostAsked, Stats};
 use crate::environment::Durability;
 use crate::policy::{Action, Resource};
 use crate::secret::EnvironmentName;
 use crate::store::{Store as _, StoreError};
+
+/// How many secrets of each environment are named in what is told of its cache.
+const NAMED: usize = 20;
+
+/// What is told of one cache.
+#[derive(Debug, Clone)]
+pub struct Told {
+    /// Its figures.
+    pub stats: Stats,
+    /// The secrets that its store was asked for most often, at most 20.
+    pub most_asked: MostAsked,
+}
 
 /// The cache of each declared environment: the very one that its reads go through.
 #[derive(Debug, Clone, Default)]
@@ -24,6 +36,11 @@ impl Caches {
     #[must_use]
     pub fn statistics(&self) -> Vec<(EnvironmentName, Stats)> {
         self.0.iter().map(|(environment, cache)| (environment.clone(), cache.stats())).collect()
+    }
+
+    fn told(&self) -> Vec<(EnvironmentName, Told)> {
+        let told = |cache: &Cache| Told { stats: cache.stats(), most_asked: cache.most_asked(NAMED) };
+        self.0.iter().map(|(environment, cache)| (environment.clone(), told(cache))).collect()
     }
 
     /// Whether the store below answers at all.
@@ -81,13 +98,13 @@ impl Broker {
         .await
     }
 
-    /// How each environment's cache does.
+    /// How each environment's cache does, in the order of the environments' names.
     ///
     /// # Errors
     /// [`BrokerError`]; needs [`Action::Administer`] on the broker.
-    pub async fn cache_statistics(&self, call: &Call) -> Result<Vec<(EnvironmentName, Stats)>, BrokerError> {
+    pub async fn cache_statistics(&self, call: &Call) -> Result<Vec<(EnvironmentName, Told)>, BrokerError> {
         const OPERATION: &str = "cache_statistics";
         let grant = self.authorize(call, OPERATION, Action::Administer, &Resource::Broker).await?;
-        self.finished(call, OPERATION, &grant, Ok(self.parts.caches.statistics())).await
+        self.finished(call, OPERATION, &grant, Ok(self.parts.caches.told())).await
     }
 }

@@ -153,7 +153,9 @@ impl Drop for Fetch {
 impl Inner {
     /// Asks the store, one call for all `items`; an answer for each that the store gave one for.
     async fn ask(&self, items: Vec<(SecretId, Selector)>, freshness: Freshness) -> Vec<Answer> {
+        let count = |number: usize| number.try_into().unwrap_or(u64::MAX);
         self.counters.upstream_calls.fetch_add(1, Relaxed);
+        self.counters.upstream_secrets.fetch_add(count(items.len()), Relaxed);
         let asked = async {
             match items.as_slice() {
                 [(id, selector)] => vec![self.store.get(id, selector, freshness).await],
@@ -168,7 +170,8 @@ impl Inner {
         });
         let failed =
             answers.iter().filter(|answer| matches!(answer, Err(error) if !is_absence(error))).count();
-        self.counters.upstream_errors.fetch_add(failed.try_into().unwrap_or(u64::MAX), Relaxed);
+        self.counters.upstream_errors.fetch_add(count(failed), Relaxed);
+        self.asked.count(items.iter().zip(&answers).map(|((id, _), answer)| (id, answer.is_ok())));
         answers
     }
 }

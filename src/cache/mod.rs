@@ -35,6 +35,7 @@
 //! What is evicted is wiped when the last reference goes; the concurrent map may hold one until it is used again, or
 //! [tidied](Cache::tidy).
 
+mod asked;
 mod entry;
 mod fetch;
 mod memory;
@@ -51,12 +52,16 @@ use std::time::Duration;
 use async_trait::async_trait;
 use jiff::Timestamp;
 
+pub use asked::MostAsked;
+
 use crate::clock::SharedClock;
 use crate::environment::{Environment, NamePattern};
 use crate::secret::{EnvironmentName, LabelMove, SecretId, Selector, VersionId};
 use crate::store::{
-    Description, Fetched, Freshness, ListPage, ListRequest, Put, RecoveryWindow, Store, StoreError, Written,
+    Description, Fetched, Freshness, ListPage, ListRequest, Put, RecoveryWindow, Store, StoreError, Upstream,
+    Written,
 };
+use asked::AskedFor;
 use fetch::{Fetch, unavailable};
 use memory::{Memory, Recalled};
 use tracker::{Answer, Landing, Shard, Tracker};
@@ -113,8 +118,18 @@ pub struct Stats {
     pub negative_hits: u64,
     /// Fetches begun before an answer's time to live was over, because it was hot.
     pub refreshes_ahead: u64,
-    /// Calls that asked the store for values; a batch is one.
+    /// Calls that asked the store for values; a batch is one. Where the store itself calls something, its own calls.
     pub upstream_calls: u64,
+    /// How many secrets this cache asked for: in a batch, each counts.
+    pub upstream_secrets: u64,
+    /// How many of those questions went along in a call which another had opened.
+    pub coalesced: u64,
+    /// Calls that waited for a quota, reads and others.
+    pub quota_waits: u64,
+    /// How long they did, all together.
+    pub quota_waited: Duration,
+    /// Calls that were not made, because they would have had to wait too long for a quota.
+    pub quota_refusals: u64,
     /// Answers of the store to them that were errors other than an absence.
     pub upstream_errors: u64,
     /// Secrets held.
@@ -136,6 +151,7 @@ struct Inner {
     shards: [Mutex<Shard>; SHARDS],
     spread: RandomState,
     counters: Counters,
+    asked: AskedFor,
 }
 
 #[derive(Default)]
@@ -146,6 +162,7 @@ struct Counters {
     negative_hits: AtomicU64,
     refreshes_ahead: AtomicU64,
     upstream_calls: AtomicU64,
+    upstream_secrets: AtomicU64,
     upstream_errors: AtomicU64,
 }
 
@@ -167,6 +184,7 @@ impl Cache {
                 shards: std::array::from_fn(|_| Mutex::default()),
                 spread: RandomState::new(),
                 counters: Counters::default(),
+                asked: AskedFor::default(),
             }),
         }
     }
@@ -199,20 +217,31 @@ impl Cache {
     /// What the cache has done and holds. Also does the housekeeping that is due.
     #[must_use]
     pub fn stats(&self) -> Stats {
-        let Counters { hits, misses, stale, negative_hits, refreshes_ahead, upstream_calls, upstream_errors } =
-            &self.inner.counters;
+        let counters = &self.inner.counters;
+        let upstream = self.inner.store.upstream();
         let (entries, bytes) = self.inner.memory.size();
         Stats {
-            hits: hits.load(Relaxed),
-            misses: misses.load(Relaxed),
-            stale: stale.load(Relaxed),
-            negative_hits: negative_hits.load(Relaxed),
-            refreshes_ahead: refreshes_ahead.load(Relaxed),
-            upstream_calls: upstream_calls.load(Relaxed),
-            upstream_errors: upstream_errors.load(Relaxed),
+            hits: counters.hits.load(Relaxed),
+            misses: counters.misses.load(Relaxed),
+            stale: counters.stale.load(Relaxed),
+            negative_hits: counters.negative_hits.load(Relaxed),
+            refreshes_ahead: counters.refreshes_ahead.load(Relaxed),
+            upstream_calls: upstream.value_calls.unwrap_or_else(|| counters.upstream_calls.load(Relaxed)),
+            upstream_secrets: counters.upstream_secrets.load(Relaxed),
+            coalesced: upstream.coalesced,
+            quota_waits: upstream.quota_waits,
+            quota_waited: upstream.quota_waited,
+            quota_refusals: upstream.quota_refusals,
+            upstream_errors: counters.upstream_errors.load(Relaxed),
             entries,
             bytes,
         }
+    }
+
+    /// The secrets that the store was asked for most often, at most so many, and how often all others were.
+    #[must_use]
+    pub fn most_asked(&self, most: usize) -> MostAsked {
+        self.inner.asked.most(most)
     }
 }
 
@@ -314,6 +343,10 @@ impl Store for Cache {
 
     async fn ping(&self, environment: &EnvironmentName) -> Result<(), StoreError> {
         self.inner.store.ping(environment).await
+    }
+
+    fn upstream(&self) -> Upstream {
+        self.inner.store.upstream()
     }
 }
 

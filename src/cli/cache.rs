@@ -3,8 +3,12 @@
 //! ```text
 //! purge  {"environment","name","entries"}      environment: null where it was all of them; name: null where all of it
 //! stats  {"caches":[{"environment","hits","misses","stale","negative_hits","refreshes_ahead","upstream_calls",
-//!                    "upstream_errors","entries","bytes"}]}
+//!                    "upstream_errors","entries","bytes","upstream_secrets","coalesced","quota_waits",
+//!                    "quota_refusals","most_asked":[{"name","calls"}],"others_asked"}]}
 //! ```
+//!
+//! As text, `stats` is a line for each environment, and below it one for each of the secrets that its store was asked for
+//! most often: `most_asked`, at most 20, and all others together.
 
 use serde::Serialize;
 
@@ -113,6 +117,18 @@ struct Statistics {
     upstream_errors: u64,
     entries: u64,
     bytes: u64,
+    upstream_secrets: u64,
+    coalesced: u64,
+    quota_waits: u64,
+    quota_refusals: u64,
+    most_asked: Vec<Asked>,
+    others_asked: u64,
+}
+
+#[derive(Serialize)]
+struct Asked {
+    name: String,
+    calls: u64,
 }
 
 impl From<v1::CacheStatistics> for Statistics {
@@ -128,11 +144,31 @@ impl From<v1::CacheStatistics> for Statistics {
             upstream_errors: found.upstream_errors,
             entries: found.entries,
             bytes: found.bytes,
+            upstream_secrets: found.upstream_secrets,
+            coalesced: found.coalesced,
+            quota_waits: found.quota_waits,
+            quota_refusals: found.quota_refusals,
+            most_asked: found.most_asked.into_iter().map(Asked::from).collect(),
+            others_asked: found.others_asked,
         }
     }
 }
 
+impl From<v1::AskedSecret> for Asked {
+    fn from(found: v1::AskedSecret) -> Self {
+        Self { name: found.name, calls: found.calls }
+    }
+}
+
 fn text(caches: &[Statistics]) -> String {
+    let figures = figures(caches);
+    match most_asked(caches) {
+        Some(most_asked) => [figures, most_asked].join("\n"),
+        None => figures,
+    }
+}
+
+fn figures(caches: &[Statistics]) -> String {
     let row = |cache: &Statistics| {
         let figures = [
             cache.hits,
@@ -141,17 +177,48 @@ fn text(caches: &[Statistics]) -> String {
             cache.negative_hits,
             cache.refreshes_ahead,
             cache.upstream_calls,
+            cache.upstream_secrets,
+            cache.quota_waits,
             cache.upstream_errors,
             cache.entries,
             cache.bytes,
         ];
-        let [hits, misses, stale, absent, ahead, calls, errors, secrets, bytes] =
+        let [hits, misses, stale, absent, ahead, calls, asked, waits, errors, secrets, bytes] =
             figures.map(|figure| figure.to_string());
-        [cache.environment.clone(), hits, misses, stale, absent, ahead, calls, errors, secrets, bytes]
+        let environment = cache.environment.clone();
+        [environment, hits, misses, stale, absent, ahead, calls, asked, waits, errors, secrets, bytes]
     };
-    let header =
-        ["ENVIRONMENT", "HITS", "MISSES", "STALE", "ABSENT", "AHEAD", "CALLS", "ERRORS", "SECRETS", "BYTES"];
+    let header = [
+        "ENVIRONMENT",
+        "HITS",
+        "MISSES",
+        "STALE",
+        "ABSENT",
+        "AHEAD",
+        "CALLS",
+        "ASKED",
+        "WAITED",
+        "ERRORS",
+        "SECRETS",
+        "BYTES",
+    ];
     table(header, caches.iter().map(row))
+}
+
+/// `None` where no store was asked for anything yet. No secret's name is in brackets.
+fn most_asked(caches: &[Statistics]) -> Option<String> {
+    let rows: Vec<[String; 3]> = caches
+        .iter()
+        .flat_map(|cache| {
+            let named = cache.most_asked.iter().map(|asked| (asked.name.as_str(), asked.calls));
+            let others = (cache.others_asked > 0).then_some(("(others)", cache.others_asked));
+            let row = move |(name, calls): (&str, u64)| {
+                [cache.environment.clone(), name.to_owned(), calls.to_string()]
+            };
+            named.chain(others).map(row)
+        })
+        .collect();
+    (!rows.is_empty()).then(|| table(["ENVIRONMENT", "SECRET", "ASKED FOR"], rows))
 }
 
 #[cfg(test)]
@@ -196,9 +263,8 @@ mod tests {
         assert_eq!(said(None, None, 12), "every environment: 12 secrets forgotten");
     }
 
-    #[test]
-    fn each_cache_has_its_line() {
-        let figures = v1::CacheStatistics {
+    fn figures_of_staging() -> v1::CacheStatistics {
+        v1::CacheStatistics {
             environment: "staging".to_owned(),
             hits: 1,
             misses: 2,
@@ -209,10 +275,40 @@ mod tests {
             upstream_errors: 7,
             entries: 8,
             bytes: 9,
-        };
-        let shown = text(&[figures.into()]);
-        let cells: Vec<_> = shown.lines().nth(1).unwrap().split_whitespace().collect();
-        assert_eq!(cells, ["staging", "1", "2", "3", "4", "5", "6", "7", "8", "9"], "{shown}");
-        assert_eq!(shown.lines().next().unwrap().split_whitespace().count(), cells.len());
+            upstream_secrets: 10,
+            coalesced: 11,
+            quota_waits: 12,
+            quota_refusals: 13,
+            ..v1::CacheStatistics::default()
+        }
+    }
+
+    #[test]
+    fn each_cache_has_its_line() {
+        let shown = text(&[figures_of_staging().into()]);
+        let lines: Vec<Vec<_>> = shown.lines().map(|line| line.split_whitespace().collect()).collect();
+        assert_eq!(lines.len(), 2, "nothing was asked for: {shown}");
+        assert_eq!(lines[1], ["staging", "1", "2", "3", "4", "5", "6", "10", "12", "7", "8", "9"], "{shown}");
+        assert_eq!(lines[0].len(), lines[1].len());
+    }
+
+    #[test]
+    fn the_secrets_that_were_asked_for_most_have_lines_below() {
+        let asked = |name: &str, calls| v1::AskedSecret { name: name.to_owned(), calls };
+        let most_asked = vec![asked("db", 7), asked("payments/key", 3)];
+        let staging = v1::CacheStatistics { most_asked, others_asked: 2, ..figures_of_staging() };
+        let shown = text(&[Statistics::from(staging)]);
+        let below: Vec<Vec<_>> =
+            shown.lines().skip(3).map(|line| line.split_whitespace().collect()).collect();
+        assert_eq!(
+            below,
+            [
+                ["ENVIRONMENT", "SECRET", "ASKED", "FOR"].as_slice(),
+                &["staging", "db", "7"],
+                &["staging", "payments/key", "3"],
+                &["staging", "(others)", "2"],
+            ],
+            "{shown}"
+        );
     }
 }

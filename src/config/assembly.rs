@@ -46,7 +46,8 @@ use crate::server::health::Health;
 use crate::server::limits::RateLimits;
 use crate::server::tls::Tls;
 use crate::server::{self, Bound, House, Places, ServerError, Workers};
-use crate::store::aws::Aws;
+use crate::store::aws::{Accounts, Aws, MOST_IN_BATCH};
+use crate::store::coalesced::Coalesced;
 use crate::store::guarded::Guarded;
 use crate::store::sealed::Sealed;
 use crate::store::{Store, StoreError};
@@ -292,6 +293,9 @@ impl Running {
         let mut beside = JoinSet::new();
         beside.spawn(Arc::clone(&house.health).keep());
         beside.spawn(self.housekeeping().keep(shutdown.clone()));
+        for environment in self.broker.registry().iter().filter(|one| matches!(one.store, StoreChoice::Sealed)) {
+            beside.spawn(checked(Arc::clone(&self.sealed), environment.name.clone()));
+        }
         if let Some(scheduler) = self.scheduler.take() {
             beside.spawn(scheduler.keep(shutdown.clone()));
         }
@@ -370,6 +374,13 @@ impl std::fmt::Debug for Running {
     }
 }
 
+/// Compares an environment's records with their root before the first caller has to wait for that.
+async fn checked(sealed: Arc<Sealed>, environment: EnvironmentName) {
+    if let Err(error) = sealed.check(&environment).await {
+        tracing::error!(%environment, %error, "what is stored is not what was written");
+    }
+}
+
 /// A part that does not come to its end must not keep the process.
 async fn within<T>(doing: &str, ends: impl Future<Output = T>) -> Result<T, StartError> {
     const LONGEST: Duration = Duration::from_secs(4);
@@ -421,11 +432,13 @@ async fn stores(
 ) -> Result<(Guarded, Caches), StartError> {
     let mut stores: BTreeMap<EnvironmentName, Arc<dyn Store>> = BTreeMap::new();
     let mut caches = BTreeMap::new();
+    let accounts = Accounts::new(Arc::clone(clock));
     for environment in resolved.registry.iter() {
         let below: Arc<dyn Store> = match &environment.store {
             StoreChoice::Sealed => Arc::clone(sealed) as _,
             StoreChoice::Aws(settings) => {
-                Arc::new(Aws::connect(environment.name.clone(), settings, Arc::clone(clock)).await?)
+                let aws = Aws::connect(environment.name.clone(), settings, Arc::clone(clock)).await?;
+                Arc::new(Coalesced::new(Arc::new(aws.sharing(&accounts)), MOST_IN_BATCH))
             }
         };
         let settings = cache::Settings::of(environment, resolved.cache_bytes);

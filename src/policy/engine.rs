@@ -4,8 +4,8 @@
 //! authorize ─▶ decided before? ─ yes ─────────────────────────────▶ Decision ─▶ Grant or Refusal
 //!                   │ no                                                ▲
 //!                   ▼                                                   │
-//!              the rules whose head fits ─▶ their Cedar policy set ─▶ evaluate
-//!              (slice.rs)                   (built once per such list)
+//!              the rules whose head fits ─▶ their Cedar policy set ─▶ evaluate; where they are nothing but
+//!              (slice.rs)                   (built once per such list)          heads, once per such list
 //! ```
 //!
 //! All of this hangs on one [`State`], replaced as a whole: whoever holds the old one finishes with the old rules, and
@@ -15,7 +15,7 @@
 //! `forbid` that could not be evaluated might have forbidden.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use arc_swap::{ArcSwap, Guard};
 use cedar_policy::{AuthorizationError, Authorizer, Decision as CedarDecision, PolicySet, Response};
@@ -23,7 +23,7 @@ use jiff::Timestamp;
 use moka::sync::Cache;
 
 use super::bounds;
-use super::entities::{Asked, Question};
+use super::entities::{Asked, Question, Sides};
 use super::explain::{ExplainedPolicy, Explanation};
 use super::rules::{Rule, RuleSet};
 use super::slice::Index;
@@ -114,11 +114,16 @@ impl Policies {
         let state = self.current();
         let question = Question { principal, action, resource, context };
         let cached = state.decisions.contains_key(&Key::of(question));
-        let (decision, mut policies) = match state.rules.vocabulary.ask(question, &self.registry) {
+        let sides = state.rules.vocabulary.sides(question);
+        let (decision, mut policies) = match state.rules.vocabulary.ask(question, &sides, &self.registry) {
             Err(problem) => (Verdict::impossible(question, &problem).decision, Vec::new()),
             Ok(asked) => {
-                let decision = state.evaluate(question, &asked).0.decision;
-                let numbers = state.candidates(action, &asked).into_iter();
+                let numbers = state.candidates(action, &sides);
+                let decision = match state.slice(numbers.clone()) {
+                    Ok(slice) => state.verdict(&slice.put(&asked)).decision,
+                    Err(problem) => Verdict::impossible(question, &problem).decision,
+                };
+                let numbers = numbers.into_iter();
                 let rules = numbers.filter_map(|number| state.rule(number));
                 let policies = rules.map(|rule| ExplainedPolicy::of(rule, &asked, &decision)).collect();
                 (decision, policies)
@@ -253,6 +258,40 @@ struct Slice {
     policies: PolicySet,
     /// Whether one of them may look at the context, so that the decision holds for this request only.
     reads_context: bool,
+    /// Whether one of them has a condition beside its head.
+    conditional: bool,
+    /// How many of them decide where all of them hold: the forbids, and where there are none, the permits.
+    deciding: usize,
+    /// Cedar's verdict where there are no conditions.
+    ///
+    /// INVARIANT: all questions that come to this slice fit all of its heads, so that one such verdict is every one's.
+    settled: OnceLock<Verdict>,
+}
+
+impl Slice {
+    fn of(rules: &[&Rule]) -> Result<Self, String> {
+        let policies = PolicySet::from_policies(rules.iter().map(|rule| rule.policy.clone()))
+            .map_err(|error| error.to_string())?;
+        let permits = rules.iter().filter(|rule| rule.permits()).count();
+        let forbids = rules.len() - permits;
+        Ok(Self {
+            policies,
+            reads_context: rules.iter().any(|rule| rule.reads_context),
+            conditional: rules.iter().any(|rule| rule.policy.has_non_scope_constraint()),
+            deciding: if forbids > 0 { forbids } else { permits },
+            settled: OnceLock::new(),
+        })
+    }
+
+    fn put(&self, asked: &Asked) -> Response {
+        Authorizer::new().is_authorized(&asked.request, &self.policies, &asked.entities)
+    }
+
+    /// Whether Cedar found every head to fit, as far as an answer shows it.
+    fn all_hold(&self, response: &Response) -> bool {
+        let diagnostics = response.diagnostics();
+        diagnostics.errors().next().is_none() && diagnostics.reason().count() == self.deciding
+    }
 }
 
 /// Whether a rule in force gives anyone a say over the broker itself, going by heads alone.
@@ -357,10 +396,10 @@ impl State {
         if let Some(verdict) = self.decisions.get(&key) {
             return verdict;
         }
-        let (verdict, lasting) = self.rules.vocabulary.ask(question, registry).map_or_else(
-            |problem| (Verdict::impossible(question, &problem), false),
-            |asked| self.evaluate(question, &asked),
-        );
+        let sides = self.rules.vocabulary.sides(question);
+        let (verdict, lasting) = self
+            .evaluate(question, &sides, registry)
+            .unwrap_or_else(|problem| (Verdict::impossible(question, &problem), false));
         if lasting {
             self.decisions.insert(key, verdict.clone());
         }
@@ -368,26 +407,37 @@ impl State {
     }
 
     /// The verdict, and whether it holds for the same question at another time.
-    fn evaluate(&self, question: Question<'_>, asked: &Asked) -> (Verdict, bool) {
-        match self.slice(self.candidates(question.action, asked)) {
-            Err(problem) => (Verdict::impossible(question, &problem), false),
-            Ok(slice) => {
-                let response =
-                    Authorizer::new().is_authorized(&asked.request, &slice.policies, &asked.entities);
-                let verdict = self.verdict(&response);
-                let lasting = !slice.reads_context && !verdict.decision.evaluation_failed;
-                (verdict, lasting)
+    fn evaluate(
+        &self,
+        question: Question<'_>,
+        sides: &Sides,
+        registry: &Registry,
+    ) -> Result<(Verdict, bool), String> {
+        let slice = self.slice(self.candidates(question.action, sides))?;
+        let vocabulary = &self.rules.vocabulary;
+        let verdict = if slice.conditional {
+            self.verdict(&slice.put(&vocabulary.ask(question, sides, registry)?))
+        } else if let Some(settled) = slice.settled.get() {
+            settled.clone()
+        } else {
+            let response = slice.put(&vocabulary.ask_heads(question, sides)?);
+            let verdict = self.verdict(&response);
+            if slice.all_hold(&response) {
+                let _ = slice.settled.set(verdict.clone());
             }
-        }
+            verdict
+        };
+        let lasting = !slice.reads_context && !verdict.decision.evaluation_failed;
+        Ok((verdict, lasting))
     }
 
     /// The numbers of the rules in force whose head fits, sorted.
-    fn candidates(&self, action: Action, asked: &Asked) -> Vec<u32> {
+    fn candidates(&self, action: Action, sides: &Sides) -> Vec<u32> {
+        let Sides { principal, resource } = sides;
         let fits = |number: &u32| {
-            self.rule(*number).is_some_and(|rule| rule.scope.fits(&asked.principal, action, &asked.resource))
+            self.rule(*number).is_some_and(|rule| rule.scope.fits(principal, action, resource))
         };
-        let mut numbers: Vec<u32> =
-            self.index.candidates(&asked.principal, &asked.resource).filter(fits).collect();
+        let mut numbers: Vec<u32> = self.index.candidates(principal, resource).filter(fits).collect();
         numbers.sort_unstable();
         numbers
     }
@@ -401,10 +451,7 @@ impl State {
             return Ok(slice);
         }
         let rules: Vec<&Rule> = numbers.iter().filter_map(|number| self.rule(*number)).collect();
-        let policies = PolicySet::from_policies(rules.iter().map(|rule| rule.policy.clone()))
-            .map_err(|error| error.to_string())?;
-        let reads_context = rules.iter().any(|rule| rule.reads_context);
-        let slice = Arc::new(Slice { policies, reads_context });
+        let slice = Arc::new(Slice::of(&rules)?);
         self.slices.insert(numbers, Arc::clone(&slice));
         Ok(slice)
     }
@@ -705,6 +752,43 @@ mod tests {
         assert_eq!(state.slices.entry_count(), 1);
     }
 
+    #[test]
+    fn heads_alone_are_evaluated_once_and_conditions_every_time() {
+        let policies = load(
+            r#"
+            @id("team-reads")
+            permit (principal in Group::"team", action == Action::"read", resource in Environment::"development");
+            @id("not-x")
+            forbid (principal, action == Action::"read", resource == Secret::"development:x");
+            @id("own")
+            permit (principal, action == Action::"read", resource in Environment::"staging")
+            when { principal.hasTag("app") && resource.folders.contains(principal.getTag("app")) };
+            "#,
+        );
+        let settled = |numbers: &[u32]| {
+            let state = policies.current();
+            let slice = state.slices.get(&numbers.to_vec()).unwrap();
+            slice.settled.get().map(|verdict| Arc::clone(&verdict.decision))
+        };
+        let (ana, ben) = (user("ana", &["team"]), user("ben", &["team", "other"]));
+        let one = read(&policies, &ana, &secret("development", "database")).unwrap();
+        let other = read(&policies, &ben, &secret("development", "other")).unwrap();
+        assert!(Arc::ptr_eq(&settled(&[0]).unwrap(), one.decision()));
+        assert!(Arc::ptr_eq(one.decision(), other.decision()), "the same heads, the same verdict");
+        for caller in [&ana, &ben] {
+            let refusal = read(&policies, caller, &secret("development", "x")).unwrap_err();
+            assert_eq!(ids(&refusal.decision), ["not-x"]);
+        }
+        assert_eq!(ids(&settled(&[0, 1]).unwrap()), ["not-x"]);
+        assert!(read(&policies, &user("eve", &[]), &secret("development", "database")).is_err());
+        assert_eq!(ids(&settled(&[]).unwrap()), [""; 0]);
+
+        let app = |name| principal(PrincipalKind::Workload, "app", &[], &[("app", name)]);
+        assert!(read(&policies, &app("billing"), &secret("staging", "billing/key")).is_ok());
+        assert!(read(&policies, &app("mail"), &secret("staging", "billing/key")).is_err());
+        assert_eq!(settled(&[2]), None);
+    }
+
     /// The shipped set, and with it every combination of heads, with conditions strewn in.
     static MANY: LazyLock<Policies> = LazyLock::new(|| {
         let principals = [
@@ -807,7 +891,8 @@ mod tests {
             let context = Context { reason };
             let question = Question { principal: &caller, action, resource: &resource, context: &context };
             let state = MANY.current();
-            let asked = state.rules.vocabulary.ask(question, &MANY.registry).unwrap();
+            let sides = state.rules.vocabulary.sides(question);
+            let asked = state.rules.vocabulary.ask(question, &sides, &MANY.registry).unwrap();
             let response = Authorizer::new().is_authorized(&asked.request, &WHOLE, &asked.entities);
             let whole = state.verdict(&response).decision;
             let sliced = MANY.decide(question);

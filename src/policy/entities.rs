@@ -63,10 +63,14 @@ pub(super) struct Question<'a> {
     pub(super) context: &'a Context,
 }
 
-/// A question as Cedar wants it, with its two sides as the index wants them.
-pub(super) struct Asked {
+/// The two sides of a question, as the index wants them.
+pub(super) struct Sides {
     pub(super) principal: Party,
     pub(super) resource: Party,
+}
+
+/// A question as Cedar wants it.
+pub(super) struct Asked {
     pub(super) request: Request,
     pub(super) entities: Entities,
 }
@@ -150,31 +154,55 @@ impl Vocabulary {
         }
     }
 
+    /// Who wants it, and what it is.
+    pub(super) fn sides(&self, question: Question<'_>) -> Sides {
+        Sides { principal: self.principal(question.principal), resource: self.resource(question.resource) }
+    }
+
     /// Builds the request and the entities that it speaks of: the principal, the action and the resource. No other
     /// entity can matter, because policies are validated to look no further.
-    pub(super) fn ask(&self, question: Question<'_>, registry: &Registry) -> Result<Asked, String> {
-        let principal = self.principal(question.principal);
-        let action = self.action(question.action).ok_or("the schema lost an action")?;
-        let resource = self.resource(question.resource);
+    pub(super) fn ask(
+        &self,
+        question: Question<'_>,
+        sides: &Sides,
+        registry: &Registry,
+    ) -> Result<Asked, String> {
+        let Sides { principal, resource } = sides;
         let claims = question.principal.claims().iter().map(|(name, value)| (name.as_str(), value.as_str()));
         let resource_entity = match question.resource {
-            Resource::Broker => environment_entity(&resource, BROKER, true),
+            Resource::Broker => environment_entity(resource, BROKER, true),
             Resource::Environment(name) => {
-                environment_entity(&resource, name.as_str(), protects(registry, name))
+                environment_entity(resource, name.as_str(), protects(registry, name))
             }
             Resource::Secret(id) => {
                 let protected = protects(registry, &id.environment);
-                secret_entity(&resource, id.environment.as_str(), id.name.as_str(), protected)
+                secret_entity(resource, id.environment.as_str(), id.name.as_str(), protected)
             }
         }?;
-        let entities = [
-            principal_entity(&principal, claims)?,
-            Entity::new_no_attrs(action.uid.clone(), action.parents.clone()),
-            resource_entity,
-        ];
-        let request = request(&principal, action, &resource, context(stated(question.context))?, None)?;
-        let entities = Entities::from_entities(entities, None).map_err(said)?;
-        Ok(Asked { principal, resource, request, entities })
+        let stated = context(stated(question.context))?;
+        self.put(question.action, sides, stated, [principal_entity(principal, claims)?, resource_entity])
+    }
+
+    /// As [`ask`](Self::ask), for policies that are nothing but heads: those look at what the two sides are and what
+    /// they are in, so neither attributes nor the context are built.
+    pub(super) fn ask_heads(&self, question: Question<'_>, sides: &Sides) -> Result<Asked, String> {
+        let bare = |party: &Party| Entity::new_no_attrs(party.uid.clone(), party.parents.clone());
+        let entities = [bare(&sides.principal), bare(&sides.resource)];
+        self.put(question.action, sides, CedarContext::empty(), entities)
+    }
+
+    fn put(
+        &self,
+        action: Action,
+        sides: &Sides,
+        context: CedarContext,
+        [principal, resource]: [Entity; 2],
+    ) -> Result<Asked, String> {
+        let action = self.action(action).ok_or("the schema lost an action")?;
+        let request = request(&sides.principal, action, &sides.resource, context, None)?;
+        let action = Entity::new_no_attrs(action.uid.clone(), action.parents.clone());
+        let entities = Entities::from_entities([principal, action, resource], None).map_err(said)?;
+        Ok(Asked { request, entities })
     }
 
     fn group(&self, name: &str) -> EntityUid {

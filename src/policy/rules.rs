@@ -115,14 +115,14 @@ struct Draft<'a> {
 impl<'a> Draft<'a> {
     fn read(&mut self, file: &'a SourceFile, vocabulary: &Vocabulary) -> Result<(), PolicyError> {
         let set = parse(file)?;
-        let mut end = 0;
+        let (mut end, mut places) = (0, file.places());
         // Policies come in the order of the text, so each is found behind the one before it.
         for policy in set.policies() {
             let text = policy.to_cedar().unwrap_or_default();
             let rest = file.text.get(end..).unwrap_or_default();
             let start = end + rest.find(text.as_str()).unwrap_or(0);
             end = start + text.len();
-            self.add(rule(file, start, &text, policy, vocabulary)?, file)?;
+            self.add(rule(file, &places.at(start), &text, policy, vocabulary)?, file)?;
         }
         Ok(())
     }
@@ -224,7 +224,11 @@ impl Complaint {
 }
 
 fn placed(file: &SourceFile, offset: usize, id: &str) -> String {
-    format!("{}, policy `{id}`", file.place(offset))
+    with_id(&file.place(offset), id)
+}
+
+fn with_id(place: &str, id: &str) -> String {
+    format!("{place}, policy `{id}`")
 }
 
 fn parse(file: &SourceFile) -> Result<PolicySet, PolicyError> {
@@ -246,14 +250,18 @@ fn parse(file: &SourceFile) -> Result<PolicySet, PolicyError> {
 /// Reads one policy's annotations and head.
 fn rule(
     file: &SourceFile,
-    offset: usize,
+    at: &str,
     text: &str,
     policy: &Policy,
     vocabulary: &Vocabulary,
 ) -> Result<Rule, PolicyError> {
-    let id = id(policy).map_err(|problem| file.invalid(offset, &problem))?;
-    let place = placed(file, offset, &id);
-    let refuse = |problem: String| PolicyError::Invalid { place: place.clone(), problem: one_line(&problem) };
+    let refused = |place: &str, problem: &str| PolicyError::Invalid {
+        place: place.to_owned(),
+        problem: one_line(problem),
+    };
+    let id = id(policy).map_err(|problem| refused(at, &problem))?;
+    let place = with_id(at, &id);
+    let refuse = |problem: String| refused(&place, &problem);
     known_annotations(policy).map_err(refuse)?;
     Ok(Rule {
         file: Arc::clone(&file.name),
@@ -266,7 +274,7 @@ fn rule(
         // comment is taken to read it, which costs a cached decision and nothing else.
         reads_context: text.is_empty() || text.contains("context"),
         policy: policy.new_id(PolicyId::new(&id)),
-        place: place.clone(),
+        place,
         id: id.into(),
     })
 }

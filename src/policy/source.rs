@@ -242,15 +242,43 @@ pub(super) struct SourceFile {
 impl SourceFile {
     /// `path:line:column` of a byte offset; both counted from 1, columns in characters.
     pub(super) fn place(&self, offset: usize) -> String {
-        let before = self.text.get(..offset).unwrap_or(&self.text);
-        let line = before.matches('\n').count() + 1;
-        let column = before.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
-        format!("{}:{line}:{column}", self.path)
+        self.places().at(offset)
+    }
+
+    /// The places of offsets that come in ascending order.
+    pub(super) const fn places(&self) -> Places<'_> {
+        Places { file: self, offset: 0, line: 1, column: 1 }
     }
 
     /// Something in this file is not right.
     pub(super) fn invalid(&self, offset: usize, problem: &str) -> PolicyError {
         PolicyError::Invalid { place: self.place(offset), problem: one_line(problem) }
+    }
+}
+
+/// Goes through a file: a place costs the way from the one before, not the way from the file's beginning.
+pub(super) struct Places<'a> {
+    file: &'a SourceFile,
+    /// Where it stands.
+    offset: usize,
+    line: usize,
+    column: usize,
+}
+
+impl Places<'_> {
+    /// `path:line:column` of a byte offset that is not before the last one; of one behind the end, that of the end.
+    pub(super) fn at(&mut self, offset: usize) -> String {
+        let text = self.file.text.as_str();
+        let passed = text.get(self.offset..offset).or_else(|| text.get(self.offset..)).unwrap_or_default();
+        match passed.rsplit_once('\n') {
+            Some((lines, last)) => {
+                self.line += lines.matches('\n').count() + 1;
+                self.column = last.chars().count() + 1;
+            }
+            None => self.column += passed.chars().count(),
+        }
+        self.offset += passed.len();
+        format!("{}:{}:{}", self.file.path, self.line, self.column)
     }
 }
 
@@ -333,6 +361,13 @@ mod tests {
         assert_eq!(file.place(3), "p/a:2:1");
         assert_eq!(file.place(8), "p/a:2:4");
         assert_eq!(file.place(9_999), "p/a:2:5");
+        let mut places = file.places();
+        for (offset, place) in
+            [(0, "p/a:1:1"), (2, "p/a:1:2"), (3, "p/a:2:1"), (3, "p/a:2:1"), (8, "p/a:2:4")]
+        {
+            assert_eq!(places.at(offset), place);
+        }
+        assert_eq!(places.at(9_999), "p/a:2:5");
     }
 
     #[test]

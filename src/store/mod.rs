@@ -1,9 +1,11 @@
 //! Where versions live. [`Store`] is the one trait; [`sealed`] keeps envelope-encrypted versions in the key-value
-//! layer, [`aws`] asks AWS Secrets Manager, and the cache is a store around a store.
+//! layer, [`aws`] asks AWS Secrets Manager, and two are stores around a store: the cache, and [`coalesced`], which asks
+//! a distant one for many secrets at once.
 //!
 //! `tests/integration/store_conformance.rs` runs one suite over every implementation and over the cache around each.
 
 pub mod aws;
+pub mod coalesced;
 pub mod guarded;
 pub mod sealed;
 
@@ -172,6 +174,22 @@ impl RecoveryWindow {
     pub const fn as_days(self) -> u8 {
         self.0
     }
+}
+
+/// What a store has counted since it was made of its calls to what is behind it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Upstream {
+    /// Calls that asked for values: a batch is one, each further page of its answer another. What a client library tries
+    /// again by itself is not counted again. `None` of a store that has nothing behind it.
+    pub value_calls: Option<u64>,
+    /// Questions for a value that went along in a call which another question had opened.
+    pub coalesced: u64,
+    /// Calls that waited for the quota of their account.
+    pub quota_waits: u64,
+    /// How long they did, all together.
+    pub quota_waited: Duration,
+    /// Calls that were not made, because they would have had to wait for too long.
+    pub quota_refusals: u64,
 }
 
 /// Why a store did not do what it was asked. Names and versions are named; values never.
@@ -358,4 +376,9 @@ pub trait Store: Send + Sync {
 
     /// Whether the store answers at all; cheap enough for a health check.
     async fn ping(&self, environment: &EnvironmentName) -> Result<(), StoreError>;
+
+    /// What it has asked of what is behind it. A store around a store tells what the one below it does.
+    fn upstream(&self) -> Upstream {
+        Upstream::default()
+    }
 }

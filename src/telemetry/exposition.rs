@@ -4,6 +4,7 @@
 //! Labels are environments, methods, codes and kinds; never a secret, a caller or an address.
 
 use std::fmt;
+use std::time::Duration;
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{
@@ -62,8 +63,18 @@ pub struct CacheFigures {
     pub negative_hits: u64,
     /// Entries that were fetched anew before their time was over.
     pub refreshes_ahead: u64,
-    /// Calls to the store.
+    /// Calls to the store; one that asks for many secrets is one.
     pub upstream_calls: u64,
+    /// Secrets that it was asked for.
+    pub upstream_secrets: u64,
+    /// Those of them that went along in a call which another had opened.
+    pub coalesced: u64,
+    /// Calls that waited for the quota of their account.
+    pub quota_waits: u64,
+    /// How long they did, all together.
+    pub quota_waited: Duration,
+    /// Calls that were not made, because they would have had to wait for too long.
+    pub quota_refusals: u64,
     /// Those of them that failed.
     pub upstream_errors: u64,
     /// Entries that are held.
@@ -239,7 +250,28 @@ impl Scrape {
         let help = "Calls to the store below the cache.";
         families.counters("claviger_upstream_calls", help, None, each(|cache| cache.upstream_calls))?;
         let help = "Calls to the store below the cache that failed.";
-        families.counters("claviger_upstream_errors", help, None, each(|cache| cache.upstream_errors))
+        families.counters("claviger_upstream_errors", help, None, each(|cache| cache.upstream_errors))?;
+        let help = "Secrets that the store below the cache was asked for.";
+        families.counters("claviger_upstream_secrets", help, None, each(|cache| cache.upstream_secrets))?;
+        let help = "Questions to the store that went along in a call which another had opened.";
+        families.counters("claviger_upstream_coalesced", help, None, each(|cache| cache.coalesced))?;
+        self.quotas(families)
+    }
+
+    fn quotas(&self, families: &mut Families<'_>) -> fmt::Result {
+        let caches = &self.snapshot.caches;
+        let help = "Calls that the quota of their account held up, by what became of them.";
+        let held_up = caches.iter().flat_map(|cache| {
+            let results = [("waited", cache.quota_waits), ("refused", cache.quota_refusals)];
+            let environment = ("environment", cache.environment.as_str());
+            results.map(|(result, count)| ([environment, ("result", result)], count))
+        });
+        families.counters("claviger_upstream_quota", help, None, held_up)?;
+        let help = "How long calls waited for the quota of their account.";
+        let waited = caches
+            .iter()
+            .map(|cache| ([("environment", cache.environment.as_str())], cache.quota_waited.as_secs_f64()));
+        families.counters("claviger_upstream_quota_wait", help, Some(&Unit::Seconds), waited)
     }
 
     fn audit(&self, families: &mut Families<'_>) -> fmt::Result {
@@ -442,7 +474,6 @@ impl Families<'_> {
 mod tests {
     use super::*;
     use crate::telemetry::metrics::Latency;
-    use std::time::Duration;
 
     fn scrape(snapshot: Snapshot) -> String {
         encode(Vec::new(), AttemptFigures { ok: 3, failed: 1 }, snapshot)
@@ -468,6 +499,10 @@ mod tests {
             environment: environment.to_owned(),
             hits,
             bytes: 2_048,
+            upstream_secrets: 40,
+            coalesced: 38,
+            quota_waits: 3,
+            quota_waited: Duration::from_millis(1_500),
             ..CacheFigures::default()
         };
         let caches = vec![cache("development", 1), cache("production", 2)];
@@ -477,6 +512,11 @@ mod tests {
             "claviger_cache_reads_total{environment=\"production\",result=\"hit\"} 2\n",
             "# UNIT claviger_cache_size_bytes bytes\n",
             "claviger_cache_size_bytes{environment=\"production\"} 2048\n",
+            "claviger_upstream_secrets_total{environment=\"production\"} 40\n",
+            "claviger_upstream_coalesced_total{environment=\"production\"} 38\n",
+            "claviger_upstream_quota_total{environment=\"production\",result=\"waited\"} 3\n",
+            "claviger_upstream_quota_total{environment=\"production\",result=\"refused\"} 0\n",
+            "claviger_upstream_quota_wait_seconds_total{environment=\"production\"} 1.5\n",
         ] {
             assert!(text.contains(line), "{line}{text}");
         }

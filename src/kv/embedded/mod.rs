@@ -29,6 +29,15 @@ use self::watch::{Keys, Watcher};
 use super::{Entry, Kv, KvError, LeaseId, Outcome, Page, Revision, Transaction, Watch};
 use crate::clock::SharedClock;
 
+/// A key.
+const ONE: &str = "SELECT key, value, create_revision, mod_revision, lease FROM kv WHERE key = $1";
+/// Keys from one on.
+const TO_THE_LAST: &str = "SELECT key, value, create_revision, mod_revision, lease FROM kv
+    WHERE key >= $1 ORDER BY key LIMIT $2";
+/// Keys from one on, before another.
+const TO_THE_END: &str = "SELECT key, value, create_revision, mod_revision, lease FROM kv
+    WHERE key >= $1 AND key < $3 ORDER BY key LIMIT $2";
+
 /// What may be chosen about an embedded store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Settings {
@@ -147,20 +156,15 @@ impl Kv for Embedded {
     async fn get(&self, key: &[u8]) -> Result<Option<Entry>, KvError> {
         self.expire().await?;
         let mut file = self.inner.hold().await?;
-        let row: Option<Row> =
-            sqlx::query_as("SELECT key, value, create_revision, mod_revision, lease FROM kv WHERE key = $1")
-                .bind(key)
-                .fetch_optional(&mut file.sqlite)
-                .await
-                .map_err(self.inner.failed("reading"))?;
+        let row: Option<Row> = sqlx::query_as(ONE)
+            .bind(key)
+            .fetch_optional(&mut file.sqlite)
+            .await
+            .map_err(self.inner.failed("reading"))?;
         Ok(row.map(entry))
     }
 
     async fn range(&self, prefix: &[u8], after: &[u8], limit: usize) -> Result<Page, KvError> {
-        const TO_THE_LAST: &str = "SELECT key, value, create_revision, mod_revision, lease FROM kv
-            WHERE key >= $1 ORDER BY key LIMIT $2";
-        const TO_THE_END: &str = "SELECT key, value, create_revision, mod_revision, lease FROM kv
-            WHERE key >= $1 AND key < $3 ORDER BY key LIMIT $2";
         let Keys { start, end } = Keys::under(prefix).after(after);
         self.expire().await?;
         let mut file = self.inner.hold().await?;
@@ -355,6 +359,26 @@ mod tests {
         drop(kv);
         assert!(matches!(watch.next().await, Some(Err(KvError::Unavailable { .. }))));
         assert!(store(&folder, 10).await.get(b"a").await.unwrap().is_some());
+    }
+
+    #[tokio::test]
+    async fn reads_go_down_the_primary_key_and_never_through_the_table() {
+        let folder = tempfile::tempdir().unwrap();
+        let kv = store(&folder, 10).await;
+        let mut file = kv.inner.hold().await.unwrap();
+        for (query, keys) in [(ONE, "(key=?)"), (TO_THE_LAST, "(key>?)"), (TO_THE_END, "(key>? AND key<?)")] {
+            let plan = sqlx::AssertSqlSafe(format!("EXPLAIN QUERY PLAN {query}"));
+            let steps: Vec<(i64, i64, i64, String)> = sqlx::query_as(plan)
+                .bind(b"a".as_slice())
+                .bind(1_i64)
+                .bind(b"b".as_slice())
+                .fetch_all(&mut file.sqlite)
+                .await
+                .unwrap();
+            let steps: Vec<_> = steps.into_iter().map(|(.., step)| step).collect();
+            // One step: it needs no sorting either.
+            assert_eq!(steps, [format!("SEARCH kv USING PRIMARY KEY {keys}")], "{query}");
+        }
     }
 
     #[tokio::test]

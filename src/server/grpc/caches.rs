@@ -7,7 +7,7 @@ use tonic::{Request, Response, Status};
 use super::secrets::{Said, answer};
 use super::{Changes, convert};
 use crate::broker::Broker;
-use crate::cache::Stats;
+use crate::broker::caches::Told;
 use crate::proto::v1::{self, cache_service_server::CacheService};
 use crate::secret::EnvironmentName;
 
@@ -67,7 +67,9 @@ impl CacheService for CacheAdministration {
     }
 }
 
-fn described((environment, stats): (EnvironmentName, Stats)) -> v1::CacheStatistics {
+fn described((environment, told): (EnvironmentName, Told)) -> v1::CacheStatistics {
+    let Told { stats, most_asked } = told;
+    let asked = most_asked.secrets.into_iter();
     v1::CacheStatistics {
         environment: environment.to_string(),
         hits: stats.hits,
@@ -79,5 +81,11 @@ fn described((environment, stats): (EnvironmentName, Stats)) -> v1::CacheStatist
         upstream_errors: stats.upstream_errors,
         entries: stats.entries,
         bytes: stats.bytes,
+        upstream_secrets: stats.upstream_secrets,
+        coalesced: stats.coalesced,
+        quota_waits: stats.quota_waits,
+        quota_refusals: stats.quota_refusals,
+        most_asked: asked.map(|(id, calls)| v1::AskedSecret { name: id.name.to_string(), calls }).collect(),
+        others_asked: most_asked.others,
     }
 }

@@ -11,6 +11,7 @@ use serde::Deserialize as _;
 use serde::de::value::{Error as MapError, MapDeserializer};
 
 use super::errors::{Failure, Kind, malformed};
+use super::quota::Operation;
 use super::{Aws, names, timestamp};
 use crate::secret::{Label, Labels, SecretId, Version, VersionId};
 use crate::store::{Description, ListPage, ListRequest, Listed, Order, StoreError};
@@ -70,8 +71,9 @@ impl Aws {
     /// Asks for everything about a secret but its value; also of a deleted one.
     pub(super) async fn look(&self, id: &SecretId) -> Result<Seen, StoreError> {
         let name = self.name_in_aws(id)?;
-        let asked = self.client.describe_secret().secret_id(&name).send().await;
-        let answer = asked.map_err(|error| Failure::from(error).about(id, None))?;
+        let call = self.client.describe_secret().secret_id(&name).send();
+        let asked = self.ask(Operation::DescribeSecret, call).await;
+        let answer = asked.map_err(|failure| failure.about(id, None))?;
         if answer.name() != Some(name.as_str()) {
             return Err(StoreError::SecretNotFound(id.clone()));
         }
@@ -101,8 +103,9 @@ impl Aws {
         let mut next = None;
         for _ in 0..MOST_PAGES {
             let request = self.client.list_secret_version_ids().secret_id(&name).include_deprecated(true);
-            let page = request.max_results(PAGE).set_next_token(next).send().await;
-            let page = page.map_err(|error| Failure::from(error).about(id, None))?;
+            let call = request.max_results(PAGE).set_next_token(next).send();
+            let asked = self.ask(Operation::ListSecretVersionIds, call).await;
+            let page = asked.map_err(|failure| failure.about(id, None))?;
             for entry in page.versions.unwrap_or_default() {
                 if let Some(version) =
                     entry.version_id.as_deref().and_then(|text| VersionId::parse(text).ok())
@@ -143,7 +146,7 @@ impl Aws {
         }
         let prefix = self.names.prefix(&request.prefix);
         let by_name = Filter::builder().key(FilterNameStringType::Name).values(&prefix).build();
-        let asked = self
+        let call = self
             .client
             .list_secrets()
             .set_filters((!prefix.is_empty()).then(|| vec![by_name]))
@@ -152,9 +155,9 @@ impl Aws {
             .include_planned_deletion(request.include_deleted)
             .sort_by(SortByType::Name)
             .sort_order(SortOrderType::Asc)
-            .send()
-            .await;
-        let page = asked.map_err(|error| Failure::from(error).of(&self.environment))?;
+            .send();
+        let asked = self.ask(Operation::ListSecrets, call).await;
+        let page = asked.map_err(|failure| failure.of(&self.environment))?;
         let entries = page.secret_list.unwrap_or_default();
         Ok(ListPage {
             secrets: entries.into_iter().filter_map(|entry| self.listed(entry, request)).collect(),
@@ -176,8 +179,9 @@ impl Aws {
 
     /// Whether AWS answers.
     pub(super) async fn probe(&self) -> Result<(), StoreError> {
-        let asked = self.client.list_secrets().max_results(1).send().await;
-        asked.map(drop).map_err(|error| Failure::from(error).of(&self.environment))
+        let call = self.client.list_secrets().max_results(1).send();
+        let asked = self.ask(Operation::ListSecrets, call).await;
+        asked.map(drop).map_err(|failure| failure.of(&self.environment))
     }
 
     /// Until when a secret can be restored that someone has deleted meanwhile: perhaps an attempt of the same call,

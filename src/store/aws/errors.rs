@@ -169,6 +169,16 @@ impl Failure {
         Self { kind: Kind::Unavailable, cause: cause.to_owned() }
     }
 
+    /// A call that was not made, so that AWS need not refuse it.
+    pub(super) fn throttled(cause: String) -> Self {
+        Self { kind: Kind::Throttled, cause }
+    }
+
+    /// Whether the action itself is not permitted; not, as with the key of a secret, something about what was asked for.
+    pub(super) fn forbids_the_action(&self) -> bool {
+        self.kind == Kind::Denied && self.cause.starts_with("AccessDenied")
+    }
+
     /// Whether `ResourceNotFoundException` left open what is missing. AWS's own texts say it: `can't find the
     /// specified secret.` against `can't find the specified secret value for …`.
     pub(super) fn leaves_open_what_is_missing(&self) -> bool {
@@ -352,6 +362,13 @@ mod tests {
                 ));
             assert_eq!(Failure::from(error).of(&id().environment).reason(), expected, "{cause}");
         }
+    }
+
+    #[test]
+    fn an_action_that_is_forbidden_is_told_from_a_key_that_is() {
+        let forbids = |code| Failure::of_code(Some(code), Some("no"), Some(400)).forbids_the_action();
+        assert!(forbids("AccessDeniedException") && forbids("AccessDenied"));
+        assert!(!forbids("DecryptionFailure") && !forbids("ThrottlingException"));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! know that.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use aws_sdk_secretsmanager::operation::batch_get_secret_value::BatchGetSecretValueOutput;
@@ -11,16 +12,19 @@ use aws_sdk_secretsmanager::types::{ApiErrorType, SecretValueEntry};
 use futures_util::stream::{self, StreamExt};
 
 use super::errors::{Failure, Kind, malformed};
-use super::{Aws, timestamp};
-use crate::secret::{Label, SecretId, SecretValue, Selector, Version, VersionId};
+use super::quota::Operation;
+use super::{Aws, MOST_IN_BATCH, timestamp};
+use crate::secret::{EnvironmentName, Label, SecretId, SecretValue, Selector, Version, VersionId};
 use crate::store::{Fetched, Order, Source, StoreError};
 
-/// How many secrets one batch may name (AWS Secrets Manager, `BatchGetSecretValue`, `SecretIdList`).
-const BATCH: usize = 20;
-/// A batch answers for at most [`BATCH`] secrets, and a page may be empty. So many are more than any batch needs.
-const MOST_PAGES: usize = 2 * BATCH;
+/// A batch answers for at most [`MOST_IN_BATCH`] secrets, and a page may hold fewer than there are, or none. So many are
+/// more than any batch needs.
+const MOST_PAGES: usize = 2 * MOST_IN_BATCH;
 /// How many calls of one request are under way at once: well below AWS's rates, well above one by one.
 const AT_ONCE: usize = 8;
+/// How long batches are not asked for once AWS has said that they are not permitted: what someone permits meanwhile is
+/// found soon, and finding out costs a call and a round trip for whoever waits.
+const FORBIDDEN_FOR: Duration = Duration::from_secs(300);
 
 type Item = (SecretId, Selector);
 type Answered = Result<Fetched, StoreError>;
@@ -34,9 +38,9 @@ impl Aws {
             Selector::Label(label) => request.version_stage(label.as_str()),
             Selector::Version(version) => request.version_id(version.as_str()),
         };
-        let failure = match request.send().await {
+        let failure = match self.ask(Operation::GetSecretValue, request.send()).await {
             Ok(answer) => return Answer::from(answer).about(id, &name),
-            Err(error) => Failure::from(error),
+            Err(failure) => failure,
         };
         if failure.leaves_open_what_is_missing() {
             self.look(id).await?;
@@ -48,36 +52,47 @@ impl Aws {
     /// Many values, in the order asked for. Only AWSCURRENT can be had in batches; the rest, and what a batch leaves
     /// unanswered, is fetched one by one.
     pub(super) async fn fetch_many(&self, items: &[Item]) -> Vec<Answered> {
+        let now = self.clock.monotonic();
         let mut seen = HashSet::new();
         let distinct = items.iter().filter(|item| seen.insert(*item));
+        let in_batches = self.batches.are_worth_asking_for(now);
         let (current, mut singles): (Vec<&Item>, Vec<&Item>) =
-            distinct.partition(|(_, selector)| *selector == Selector::CURRENT);
+            distinct.partition(|(_, selector)| in_batches && *selector == Selector::CURRENT);
         let mut answers: HashMap<&Item, Answered> = HashMap::new();
-        let batches: Vec<_> = current.chunks(BATCH).map(|batch| self.fetch_batch(batch)).collect();
+        let batches: Vec<_> = current.chunks(MOST_IN_BATCH).map(|batch| self.fetch_batch(batch)).collect();
+        let mut forbidden = false;
         for batch in at_once(batches).await {
-            answers.extend(batch);
+            forbidden |= batch.forbidden;
+            answers.extend(batch.answers);
         }
         singles.extend(current.iter().filter(|item| !answers.contains_key(*item)));
         let calls: Vec<_> = singles.iter().map(|(id, selector)| self.fetch(id, selector)).collect();
         let fetched = at_once(calls).await;
+        // Where nothing can be read one by one either, it is not about batches.
+        if forbidden && fetched.iter().any(Result::is_ok) {
+            self.batches.are_forbidden(&self.environment, now);
+        }
         answers.extend(singles.iter().copied().zip(fetched));
         items.iter().map(|item| answered(&answers, item)).collect()
     }
 
-    /// What one batch answers for; who is missing from the result was not answered for.
-    async fn fetch_batch<'a>(&self, batch: &[&'a Item]) -> HashMap<&'a Item, Answered> {
+    async fn fetch_batch<'a>(&self, batch: &[&'a Item]) -> Batch<'a> {
         let asked: HashMap<String, &'a Item> =
             batch.iter().filter_map(|item| Some((self.name_in_aws(&item.0).ok()?, *item))).collect();
-        let mut answers = HashMap::new();
+        let mut found = Batch::default();
         let mut next = None;
         for _ in 0..MOST_PAGES {
             let names = asked.keys().cloned().collect();
             let request =
                 self.client.batch_get_secret_value().set_secret_id_list(Some(names)).set_next_token(next);
-            match request.send().await {
-                Ok(page) => next = take_page(page, &asked, &mut answers),
-                Err(error) => {
-                    take_failure(&Failure::from(error), &asked, &mut answers);
+            match self.ask(Operation::BatchGetSecretValue, request.send()).await {
+                Ok(page) => {
+                    self.batches.are_permitted();
+                    next = take_page(page, &asked, &mut found.answers);
+                }
+                Err(failure) => {
+                    found.forbidden = failure.forbids_the_action();
+                    take_failure(&failure, &asked, &mut found.answers);
                     next = None;
                 }
             }
@@ -85,7 +100,55 @@ impl Aws {
                 break;
             }
         }
-        answers
+        found
+    }
+}
+
+/// What came of one batch.
+#[derive(Default)]
+struct Batch<'a> {
+    /// Who is missing here was not answered for.
+    answers: HashMap<&'a Item, Answered>,
+    /// Whether AWS said that batches are not permitted.
+    forbidden: bool,
+}
+
+/// Whether to ask for batches. The permission for them (`secretsmanager:BatchGetSecretValue`) is one of its own, which a
+/// role that may read every secret can lack.
+#[derive(Debug, Default)]
+pub(super) struct Batches(Mutex<Forbidden>);
+
+#[derive(Debug, Default)]
+struct Forbidden {
+    until: Option<Duration>,
+    /// Whether it was said since batches were last permitted.
+    told: bool,
+}
+
+impl Batches {
+    fn are_worth_asking_for(&self, now: Duration) -> bool {
+        self.state().until.is_none_or(|until| now >= until)
+    }
+
+    fn are_permitted(&self) {
+        *self.state() = Forbidden::default();
+    }
+
+    fn are_forbidden(&self, environment: &EnvironmentName, now: Duration) {
+        let mut state = self.state();
+        state.until = Some(now + FORBIDDEN_FOR);
+        if !std::mem::replace(&mut state.told, true) {
+            tracing::warn!(
+                %environment,
+                "AWS does not permit secretsmanager:BatchGetSecretValue, so secrets are fetched one by one, at up to \
+                 twenty times the calls; permit it to the broker's role"
+            );
+        }
+    }
+
+    /// A panic under the lock leaves either state whole.
+    fn state(&self) -> MutexGuard<'_, Forbidden> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -307,6 +370,19 @@ mod tests {
         assert_eq!(answers.len(), 2);
         assert_eq!(answered(&answers, &items[1]).unwrap().value.expose_text(), Some("b"));
         assert_eq!(answered(&answers, &items[2]).unwrap_err().reason(), Reason::StoreDenied);
+    }
+
+    #[test]
+    fn forbidden_batches_are_tried_again_after_a_while() {
+        let batches = Batches::default();
+        let (now, environment) = (Duration::from_secs(1_000), id().environment);
+        assert!(batches.are_worth_asking_for(now));
+        batches.are_forbidden(&environment, now);
+        assert!(!batches.are_worth_asking_for(now + FORBIDDEN_FOR - Duration::from_millis(1)));
+        assert!(batches.are_worth_asking_for(now + FORBIDDEN_FOR));
+        assert!(batches.state().told, "once, however often it is found out again");
+        batches.are_permitted();
+        assert!(batches.are_worth_asking_for(now) && !batches.state().told);
     }
 
     #[test]

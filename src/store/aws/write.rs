@@ -14,6 +14,7 @@ use jiff::Timestamp;
 
 use super::describe::Seen;
 use super::errors::{Failure, Kind, malformed};
+use super::quota::Operation;
 use super::{Aws, timestamp};
 use crate::secret::{
     ContentType, Label, LabelMove, Labels, SecretId, SecretValue, Selector, Version, VersionId,
@@ -56,19 +57,19 @@ impl Aws {
         let at_once = labels.of(&put.token) == [Label::Current];
         let (text, binary) = if at_once { on_the_wire(&put.value) } else { (None, None) };
         let name = self.name_in_aws(id)?;
-        let asked = self
+        let call = self
             .client
             .create_secret()
             .name(&name)
             .client_request_token(put.token.as_str())
             .set_secret_string(text)
             .set_secret_binary(binary)
-            .send()
-            .await;
+            .send();
+        let asked = self.ask(Operation::CreateSecret, call).await;
         if asked.is_ok() && ends_like_an_arn(&name) {
             warn_of_partial_arns(id);
         }
-        match asked.map_err(Failure::from) {
+        match asked {
             Ok(_) if at_once => Ok(Some(self.written(put, &empty.labels, &labels))),
             Ok(_) => self.write_version(id, put, &empty).await.map(Some),
             Err(failure) if failure.kind == Kind::Exists => Ok(None),
@@ -84,7 +85,7 @@ impl Aws {
         check_expected(id, put, seen)?;
         let labels = seen.labels.put(&put.token, &put.labels)?;
         let (text, binary) = on_the_wire(&put.value);
-        let asked = self
+        let call = self
             .client
             .put_secret_value()
             .secret_id(self.name_in_aws(id)?)
@@ -92,9 +93,8 @@ impl Aws {
             .set_secret_string(text)
             .set_secret_binary(binary)
             .set_version_stages(Some(stages(&labels, &put.token)))
-            .send()
-            .await;
-        match asked.map_err(Failure::from) {
+            .send();
+        match self.ask(Operation::PutSecretValue, call).await {
             Ok(_) => Ok(self.written(put, &seen.labels, &labels)),
             Err(failure) if failure.kind == Kind::Exists => {
                 Err(StoreError::TokenReused { token: put.token.clone() })
@@ -169,16 +169,15 @@ impl Aws {
     }
 
     async fn swap(&self, id: &SecretId, change: &LabelMove) -> Result<(), StoreError> {
-        let asked = self
+        let call = self
             .client
             .update_secret_version_stage()
             .secret_id(self.name_in_aws(id)?)
             .version_stage(change.label.as_str())
             .set_remove_from_version_id(change.from.as_ref().map(ToString::to_string))
             .set_move_to_version_id(change.to.as_ref().map(ToString::to_string))
-            .send()
-            .await;
-        match asked.map_err(Failure::from) {
+            .send();
+        match self.ask(Operation::UpdateSecretVersionStage, call).await {
             Ok(_) => Ok(()),
             Err(failure) if matches!(failure.kind, Kind::Refused | Kind::NotFound) => {
                 self.settle(id, change, failure).await
@@ -207,14 +206,13 @@ impl Aws {
         if self.look(id).await?.deletion_at.is_some() {
             return Err(StoreError::SecretDeleted(id.clone()));
         }
-        let asked = self
+        let call = self
             .client
             .delete_secret()
             .secret_id(self.name_in_aws(id)?)
             .recovery_window_in_days(window.as_days().into())
-            .send()
-            .await;
-        match asked.map_err(Failure::from) {
+            .send();
+        match self.ask(Operation::DeleteSecret, call).await {
             Ok(answer) => {
                 timestamp(answer.deletion_date).ok_or_else(|| malformed(id, "the date of deletion"))
             }
@@ -227,8 +225,9 @@ impl Aws {
         if self.look(id).await?.deletion_at.is_none() {
             return Ok(());
         }
-        let asked = self.client.restore_secret().secret_id(self.name_in_aws(id)?).send().await;
-        asked.map(drop).map_err(|error| Failure::from(error).about(id, None))
+        let call = self.client.restore_secret().secret_id(self.name_in_aws(id)?).send();
+        let asked = self.ask(Operation::RestoreSecret, call).await;
+        asked.map(drop).map_err(|failure| failure.about(id, None))
     }
 }
 

@@ -17,6 +17,7 @@
 //! | `change` | how that is committed |
 //! | `rewrap` | how everything goes from one root key to the next |
 //! | `verify` | whether an environment's records add up |
+//! | `gone` | what nobody can restore any more, and its end |
 //! | `progress` | how far the store has come |
 //!
 //! What an intruder who can write the key-value store can't do unnoticed: change, move or swap a value or a record,
@@ -28,6 +29,7 @@
 //! Wiping: values are opened into buffers that wipe themselves, and the key-value layer sees ciphertext alone.
 
 mod change;
+mod gone;
 mod keys;
 mod meta;
 mod progress;
@@ -48,6 +50,7 @@ use jiff::Timestamp;
 use tokio::sync::Mutex;
 
 use self::change::Request;
+use self::gone::Sweeps;
 use self::meta::Meta;
 use self::progress::Progress;
 use self::record::{RecordError, SecretRecord, ValueTag, VersionRecord};
@@ -68,6 +71,9 @@ pub use rewrap::Rewrapped;
 const ATTEMPTS: usize = 16;
 /// The most names of one list page.
 const MOST_LISTED: usize = 100;
+/// How many records one list page looks at, those of deleted secrets that it leaves out among them. A page that comes
+/// to this bound is short, or empty, and has a next one.
+const MOST_LOOKED_AT: usize = 1_000;
 /// What a store can't do without.
 const STORES_OWN: &str = "the sealed store's own record, `sealed/meta`,";
 const DAY: Duration = Duration::from_secs(86_400);
@@ -81,6 +87,7 @@ pub struct Sealed {
     /// One change at a time within this process, which spares it most lost races. Correctness is the transactions'.
     writer: Mutex<()>,
     verified: Verified,
+    sweeps: Sweeps,
     progress: Progress,
 }
 
@@ -100,8 +107,8 @@ impl Sealed {
             None => create_meta(kv.as_ref(), &root_keys).await?,
         };
         let progress = Progress::read(kv.as_ref(), &meta.integrity).await?;
-        let (writer, verified) = (Mutex::default(), Verified::default());
-        Ok(Self { kv, root_keys, clock, meta, writer, verified, progress })
+        let (writer, verified, sweeps) = (Mutex::default(), Verified::default(), Sweeps::default());
+        Ok(Self { kv, root_keys, clock, meta, writer, verified, sweeps, progress })
     }
 
     /// How many changes the store holds: the sum of the generations of all environments' roots, from roots whose MACs
@@ -117,31 +124,14 @@ impl Sealed {
         self.progress.total()
     }
 
-    /// The secrets whose recovery window is over and whose remains, records and values, are still there: invisible,
-    /// and sealed. [`purge`](Self::purge) removes them.
+    /// Compares all records of an environment with its root, which its first use since the start does otherwise, and
+    /// every caller until then waits for. Takes time in proportion to the records; given up, it is taken up again where
+    /// it stood.
     ///
     /// # Errors
     /// As the methods of [`Store`].
-    pub async fn gone(&self, environment: &EnvironmentName) -> Result<Vec<SecretId>, StoreError> {
-        self.verified(environment).await?;
-        let now = self.clock.now();
-        let mut records = Records::of(self, environment, "", &[]);
-        let mut gone = Vec::new();
-        while let Some((id, entry)) = records.next().await? {
-            if self.decode(&id, &entry)?.record.is_gone(now) {
-                gone.push(id);
-            }
-        }
-        Ok(gone)
-    }
-
-    /// Removes for good what is left of a secret whose recovery window is over: record and values. `false` where there
-    /// was nothing to do: no remains, a window that is not over, or a name that is in use again.
-    ///
-    /// # Errors
-    /// As the methods of [`Store`].
-    pub async fn purge(&self, id: &SecretId) -> Result<bool, StoreError> {
-        self.remove(id).await
+    pub async fn check(&self, environment: &EnvironmentName) -> Result<(), StoreError> {
+        self.verified(environment).await
     }
 
     /// An environment's root, and the revision that wrote it; 0 where there is none yet.
@@ -283,12 +273,20 @@ impl Store for Sealed {
         self.verified(environment).await?;
         let now = self.clock.now();
         let limit = request.limit.clamp(1, MOST_LISTED);
-        let mut records = Records::of(self, environment, &request.prefix, &after);
-        let mut page = ListPage::default();
+        // One more than is shown says whether that is all.
+        let mut records = Records::of(self, environment, &request.prefix, &after).at_first(limit + 1);
+        let (mut page, mut looked_at) = (ListPage::default(), 0);
         while let Some((id, entry)) = records.next().await? {
+            looked_at += 1;
             let SecretRecord { changed_at, deletion_at, .. } = self.decode(&id, &entry)?.record;
-            if deletion_at.is_some_and(|at| at <= now || !request.include_deleted) {
+            let hidden = deletion_at.is_some_and(|at| at <= now || !request.include_deleted);
+            if hidden && looked_at < MOST_LOOKED_AT {
                 continue;
+            }
+            if hidden {
+                // Names a deleted secret to who may list the environment, and could have had it listed.
+                page.next_page_token = Some(id.name.to_string());
+                break;
             }
             if page.secrets.len() == limit {
                 page.next_page_token = page.secrets.last().map(|last| last.name.to_string());

@@ -1,0 +1,35 @@
+//! What the kernel says of a process, and on which core one runs.
+
+use std::time::Duration;
+
+/// The processor time that a process has taken so far, all of its threads, its own and the kernel's for it: proc(5),
+/// `/proc/PID/stat`, fields 14 and 15, in ticks of usually 10 ms.
+pub(crate) fn cpu(pid: u32) -> Duration {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("a process that lives");
+    // The second field is the program's name in parentheses, and may hold anything.
+    let (_, from_the_third) = stat.rsplit_once(')').expect("a name in parentheses");
+    let times = from_the_third.split_whitespace().skip(11).take(2);
+    let ticks: u64 = times.map(|field| field.parse::<u64>().expect("a number of ticks")).sum();
+    Duration::from_secs_f64(ticks as f64 / rustix::param::clock_ticks_per_second() as f64)
+}
+
+/// The memory that a process has in use (`VmRSS`), in KiB.
+pub(crate) fn resident_kib(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("a process that lives");
+    let line = status.lines().find(|line| line.starts_with("VmRSS")).expect("its size");
+    line.split_whitespace().nth(1).and_then(|size| size.parse().ok()).expect("a number of KiB")
+}
+
+/// KiB as the megabytes of the targets.
+pub(crate) fn megabytes(kib: u64) -> f64 {
+    kib as f64 * 1.024e-3
+}
+
+/// Keeps this thread, and whatever it starts from now on, on one core.
+pub(crate) fn pin(core: usize) {
+    let mut cores = rustix::thread::CpuSet::new();
+    cores.set(core);
+    if let Err(error) = rustix::thread::sched_setaffinity(None, &cores) {
+        eprintln!("not pinned to core {core}: {error}");
+    }
+}
