@@ -8,9 +8,10 @@
 //!                           the file's end; the blocks behind it are the file's (fallocate, KEEP_SIZE)
 //! ```
 //!
-//! The file is as long as its lines, so that whoever reads it sees no difference, and a crash leaves none. Its own blocks
+//! The file is as long as it was, so that whoever reads it sees no difference, and a crash leaves none. Its own blocks
 //! are the only space that nobody else on the disk can take; a file beside it that is shrunk when it is needed would give
-//! them to whoever is first.
+//! them to whoever is first. Where zeros were written ahead, the blocks are there: a segment is only prepared on a file
+//! system that overwrites in place, so that as many bytes as are zeros need no others.
 //!
 //! INVARIANT: while `owed` is not 0, lines are written only where as many bytes as are owed have their blocks behind them.
 //! A record within a reservation brings its own; what it turns out not to need goes to the log's own words. Any other

@@ -1,14 +1,25 @@
 //! Where a writer goes on: the end of a chain, read strictly.
 //!
-//! A crash can leave one thing only, a last line that is not whole; it is named, to be cut off and recorded. Anything
-//! else that is wrong stops the start, and is evidence.
+//! ```text
+//!   lines, acknowledged or not      torn, never acknowledged               written ahead
+//!   ├── line\n ── … ── line\n ──┼── li 0 0 0 0 e\n ── line\n ── lin ──┼── 0 0 0 0 0 0 ┤
+//!                                │                                     └ no content, cut off without a word
+//!                                └ cut off and recorded; kept in a file, where it is more than one unfinished line
+//! ```
+//!
+//! A crash can leave two things only behind the lines that are whole. One is a last line that is not. The other comes of
+//! a batch that overwrote zeros: each of its pages is on the disk or is not, so that its first line that is not whole has
+//! zeros in it, and anything may stand behind. No more is torn than a crash leaves of what was under way. Anything else
+//! that is wrong stops the start, and is evidence.
 
 use std::path::{Path, PathBuf};
 
+use ring::digest;
+
 use super::AuditError;
-use super::chain::{Entry, Frame, Head, Notice};
+use super::chain::{ChainHash, Entry, Frame, Head, Notice};
 use super::checkpoint::{Checkpoint, VerifyingKey};
-use super::segment::{self, Chunk, LineReader, unreadable};
+use super::segment::{self, Chunk, LineReader, MAX_TORN, unreadable, wide};
 
 /// Where a writer goes on.
 #[derive(Debug)]
@@ -16,8 +27,10 @@ pub(super) struct Resumed {
     pub(super) head: Head,
     /// The last segment's first sequence, and how many of its bytes are whole lines.
     pub(super) segment: Option<(u64, u64)>,
-    /// The torn line behind them, to be cut off.
+    /// What is torn behind them, to be cut off.
     pub(super) torn: Option<Notice>,
+    /// Whether that is to be kept in a file before: it is more than one unfinished line.
+    pub(super) keep_torn: bool,
     /// How many records follow the last checkpoint by this key, or the one that handed over to it.
     pub(super) unsigned: u64,
     /// The generation that the last checkpoint by this key vouches for, or a higher one of a checkpoint behind it by
@@ -29,19 +42,25 @@ pub(super) struct Resumed {
 /// to it.
 ///
 /// # Errors
-/// [`AuditError::Broken`] for anything wrong but a torn last line; [`AuditError::Key`] where `key` handed over to another;
+/// [`AuditError::Broken`] for anything wrong but a torn end; [`AuditError::Key`] where `key` handed over to another;
 /// [`AuditError::Unreadable`].
 pub(super) fn resume(folder: &Path, instance: &str, key: &VerifyingKey) -> Result<Resumed, AuditError> {
     let segments = segment::list(folder)?.segments;
-    let mut resumed =
-        Resumed { head: Head::genesis(instance), segment: None, torn: None, unsigned: 0, generation: 0 };
+    let mut resumed = Resumed {
+        head: Head::genesis(instance),
+        segment: None,
+        torn: None,
+        keep_torn: false,
+        unsigned: 0,
+        generation: 0,
+    };
     // What the segment read last begins with, which this one must end with.
     let mut due: Option<Head> = None;
     for first in segments.iter().rev() {
         let tail = Tail::read(folder, instance, key, *first)?;
         if resumed.segment.is_none() {
             resumed.segment = Some((*first, tail.whole));
-            resumed.torn = tail.torn.clone();
+            (resumed.torn, resumed.keep_torn) = (tail.torn.clone(), tail.keep_torn);
         } else if tail.torn.is_some() {
             return Err(tail.broken("it ends in a damaged line, and a later segment follows it"));
         }
@@ -78,6 +97,7 @@ struct Tail {
     head: Option<Head>,
     whole: u64,
     torn: Option<Notice>,
+    keep_torn: bool,
     is_signed: bool,
     /// The first record says that the segment before it was lost.
     explains_gap: bool,
@@ -87,10 +107,19 @@ struct Tail {
     former: Option<String>,
 }
 
+/// The first line that is not whole.
+struct Tear {
+    problem: &'static str,
+    /// Whether it has a hole, so that anything may stand behind it.
+    is_holed: bool,
+    /// Whether it is more than one unfinished line.
+    is_more: bool,
+}
+
 /// Why a line is not taken.
 enum Flaw {
-    /// As a crash leaves the last line.
-    Torn(&'static str),
+    /// As a crash leaves a line.
+    Torn { problem: &'static str, is_holed: bool },
     /// As no crash does.
     Wrong(String),
     /// The key that is to sign handed over to this one.
@@ -101,7 +130,11 @@ impl Flaw {
     /// Of a line that has its end. A crash leaves one where a page before its last did not reach the disk, which then
     /// reads as zeros; nothing else does.
     fn of_whole(line: &[u8], problem: &'static str) -> Self {
-        if line.contains(&0) { Self::Torn(problem) } else { Self::Wrong(problem.to_owned()) }
+        if line.contains(&0) {
+            Self::Torn { problem, is_holed: true }
+        } else {
+            Self::Wrong(problem.to_owned())
+        }
     }
 }
 
@@ -116,36 +149,57 @@ impl Tail {
             head: None,
             whole: 0,
             torn: None,
+            keep_torn: false,
             is_signed: false,
             explains_gap: false,
             unsigned: 0,
             generation: 0,
             former: None,
         };
-        let mut flaw = None;
+        let mut tear: Option<Tear> = None;
         while let Some(chunk) = lines.read()? {
-            if let Some(problem) = flaw {
-                return Err(tail.broken(problem));
+            if let Some(tear) = &mut tear {
+                if !tear.is_holed {
+                    return Err(tail.broken(tear.problem));
+                }
+                tear.is_more = true;
+                continue;
             }
             tail.line += 1;
+            let is_more = !matches!(chunk, Chunk::Torn(_));
             let taken = match chunk {
                 Chunk::Line(line) => tail.take(line, instance, key, first),
-                Chunk::Torn(_) | Chunk::TooLong => Err(Flaw::Torn("the line is too long, or not finished")),
+                Chunk::Torn(_) => Err(Flaw::Torn { problem: "the line is not finished", is_holed: false }),
+                Chunk::TooLong { holed } => {
+                    Err(Flaw::Torn { problem: "the line is too long, or not finished", is_holed: holed })
+                }
             };
             match taken {
                 Ok(()) => {}
-                Err(Flaw::Torn(problem)) => flaw = Some(problem),
+                Err(Flaw::Torn { problem, is_holed }) => tear = Some(Tear { problem, is_holed, is_more }),
                 Err(Flaw::Wrong(problem)) => return Err(tail.broken(&problem)),
                 Err(Flaw::HandedOver(next)) => return Err(tail.handed_over(&next)),
             }
         }
-        if flaw.is_some() {
-            let cut = segment::digest_from(&tail.path, tail.whole)
-                .map_err(|error| unreadable(&tail.path, &error))?;
-            let (sha256, bytes) = cut;
-            tail.torn = Some(Notice::Repaired { segment: segment::file_name(first), bytes, sha256 });
+        if let Some(tear) = tear {
+            tail.tear(first, &tear)?;
         }
         Ok(tail)
+    }
+
+    /// Names what is torn off behind the lines that are whole.
+    fn tear(&mut self, first: u64, tear: &Tear) -> Result<(), AuditError> {
+        let torn = segment::torn(&self.path, self.whole).map_err(|error| unreadable(&self.path, &error))?;
+        let Some(torn) = torn else {
+            let problem = format!("{}, and with what follows it is more than {MAX_TORN} bytes", tear.problem);
+            return Err(self.broken(&problem));
+        };
+        let mut context = digest::Context::new(&digest::SHA256);
+        context.update(&torn);
+        let (bytes, sha256) = (wide(torn.len()), ChainHash::finish(context));
+        self.torn = Some(Notice::Repaired { segment: segment::file_name(first), bytes, sha256 });
+        self.keep_torn = tear.is_more;
+        Ok(())
     }
 
     fn take(&mut self, line: &[u8], instance: &str, key: &VerifyingKey, first: u64) -> Result<(), Flaw> {

@@ -1,4 +1,7 @@
 //! [`verify`]: every line of every instance, read once in bounded memory, going on after each finding.
+//!
+//! Zeros at the end of a segment were written ahead and are no content. Behind them, or among them, anything is a
+//! finding; in the last segment, as much as a crash may leave is torn instead, as a [start](super::resume) would have it.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -8,7 +11,7 @@ use super::AuditError;
 use super::chain::{ChainHash, Entry, Frame, Head, Notice};
 use super::checkpoint::{Checkpoint, Handover, VerifyingKey};
 use super::report::{Anchor, Finding, FindingKind, InstanceReport, MAX_FINDINGS, Report};
-use super::segment::{self, Chunk, LineReader, unreadable};
+use super::segment::{self, Chunk, LineReader, MAX_TORN, unreadable};
 
 /// Checks every instance's chain below `directory` against the keys and anchors given. Without keys the checkpoints
 /// are not vouched for; without an anchor a cut tail can't be seen.
@@ -176,11 +179,26 @@ impl<'a> Walk<'a> {
         self.file = format!("{}/{name}", self.instance);
         self.line = 0;
         self.found.segments += 1;
+        let mut may_be_torn = is_last;
         while let Some(chunk) = lines.read()? {
             self.line += 1;
+            if may_be_torn && chunk.is_torn() {
+                // What a start would cut off, record, and keep.
+                let bytes = lines.rest()?;
+                if bytes <= MAX_TORN {
+                    self.found.torn_bytes = bytes;
+                    return Ok(());
+                }
+                may_be_torn = false;
+                self.add(
+                    FindingKind::Malformed,
+                    None,
+                    format!("from here on it is damaged: no crash leaves {bytes} bytes"),
+                );
+                continue;
+            }
             match chunk {
                 Chunk::Line(line) => self.record(line, first),
-                Chunk::Torn(bytes) if is_last => self.found.torn_bytes = bytes,
                 Chunk::Torn(bytes) => {
                     self.add(
                         FindingKind::Malformed,
@@ -188,7 +206,7 @@ impl<'a> Walk<'a> {
                         format!("it ends in an unfinished line of {bytes} bytes"),
                     );
                 }
-                Chunk::TooLong => {
+                Chunk::TooLong { .. } => {
                     self.add(FindingKind::Malformed, None, "the line is longer than any record".to_owned());
                 }
             }

@@ -15,6 +15,7 @@
 
 mod audit;
 mod audit_keys;
+mod audit_prepared;
 mod audit_reserve;
 mod aws;
 mod broker;

@@ -32,7 +32,7 @@ use super::figures::{LOOK_EVERY, Room};
 use super::log::{Settings, Shared};
 use super::queue::{Answer, Phase, Queue, Waiter, Work};
 use super::resume::{Resumed, resume};
-use super::segment::{Folder, Segment, list, unavailable};
+use super::segment::{Folder, Preparer, Segment, list, unavailable};
 use super::{Anchor, AuditError, CHECKPOINT_WITHIN, SYNC_WITHIN};
 use crate::clock::SharedClock;
 
@@ -49,6 +49,8 @@ pub(super) struct Writer {
     key: SigningKey,
     clock: SharedClock,
     shared: Arc<Shared>,
+    /// Goes before the folder is let go of.
+    preparer: Preparer,
     folder: Folder,
     segment: Segment,
     tally: Tally,
@@ -82,9 +84,10 @@ impl Writer {
         // Before anything is changed: a chain that is refused is evidence.
         let losses = expected::check(folder.path(), &settings, &key.verifying_key(), &found)?;
         let segment = match found.segment {
-            Some((first, whole)) => folder.reopen(first, whole)?,
+            Some((first, whole)) => folder.reopen(first, whole, found.keep_torn)?,
             None => folder.create(found.head.seq + 1)?,
         };
+        let preparer = Preparer::new(&folder, settings.segment_bytes);
         // A loss that was accepted is recorded once, and from then on the stores are vouched for as they are.
         let generation = if settings.accept_loss {
             found.generation.min((settings.generation)())
@@ -104,6 +107,7 @@ impl Writer {
             key,
             clock,
             shared,
+            preparer,
             folder,
             segment,
             tally,
@@ -126,7 +130,7 @@ impl Writer {
 
     fn begin(&mut self, found: Resumed, losses: Vec<Notice>) -> Result<(), AuditError> {
         if let Some(torn) = &found.torn {
-            tracing::warn!(?torn, "audit log: a line that a crash left unfinished was cut off");
+            tracing::warn!(?torn, "audit log: what a crash left unfinished at its end was cut off");
         }
         for lost in &losses {
             tracing::error!(?lost, "audit log: it goes on without what was lost, as it was told to");
@@ -161,7 +165,7 @@ impl Writer {
                 Phase::Abandoned | Phase::Closed | Phase::Failed => break self.say(Level::Synced),
             }
         };
-        self.give_back();
+        self.put_away();
         // The folder is free before anyone is told.
         drop(self);
         shared.queue.finish(&result);
@@ -252,6 +256,7 @@ impl Writer {
     /// What time alone makes due.
     fn tick(&mut self) {
         self.give_back();
+        self.prepare();
         if mem::take(&mut self.retention_due)
             && let Err(error) = self.retain()
         {

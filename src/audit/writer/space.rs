@@ -1,4 +1,5 @@
-//! The writer's side of [`reserve`](super::super::reserve): whose blocks the next lines take.
+//! Where the next lines go: into which segment, and the writer's side of [`reserve`](super::super::reserve), whose blocks
+//! they take.
 
 use std::mem;
 use std::sync::atomic::Ordering::Relaxed;
@@ -35,6 +36,22 @@ impl Writer {
             // Where it fails, the next start does it.
             let _ = self.segment.trim();
         }
+    }
+
+    /// Has the next segment prepared while this one fills up. A log in trouble needs the disk itself.
+    pub(super) fn prepare(&mut self) {
+        if self.is_troubled {
+            self.preparer.release(&self.folder);
+        } else {
+            self.preparer.follow(&self.folder, self.segment.taken());
+        }
+    }
+
+    /// Leaves the files as they are to be at rest, at the end.
+    pub(super) fn put_away(&mut self) {
+        self.preparer.stop(&self.folder);
+        // Where it fails, the next start does it.
+        let _ = self.segment.finish();
     }
 
     /// How many bytes must be the segment's behind what was acknowledged before the drafted lines may be written: theirs,
@@ -78,22 +95,32 @@ impl Writer {
         self.segment.sync().map_err(|error| unavailable(self.segment.path(), &error))?;
         self.unsynced_since = None;
         let first = self.tally.head.seq + 1;
-        if space == 0 {
-            self.segment = self.folder.create(first)?;
-        } else {
-            let Some(next) = self.roomy(first, space)? else { return Ok(()) };
-            let mut full = mem::replace(&mut self.segment, next);
-            // Where it fails, a little of the disk stays taken until the segment is removed.
-            let _ = full.trim();
-        }
+        let next = if space == 0 { Some(self.next(first)?) } else { self.roomy(first, space)? };
+        let Some(next) = next else { return Ok(()) };
+        let full = mem::replace(&mut self.segment, next);
+        self.preparer.retire(full);
         self.retention_due = true;
         Ok(())
     }
 
+    /// A new segment: the one that was prepared, or an empty one.
+    fn next(&mut self, first: u64) -> Result<Segment, AuditError> {
+        if let Some(file) = self.preparer.take(&self.folder) {
+            match self.folder.adopt(file, self.settings.segment_bytes, first) {
+                Ok(next) => return Ok(next),
+                Err(error) => tracing::info!(%error, "audit log: the segment prepared ahead is of no use"),
+            }
+        }
+        self.folder.create(first)
+    }
+
     /// A new segment of which `space` is its own; `None`, and nothing is left of it, where the disk does not have it.
-    fn roomy(&self, first: u64, space: u64) -> Result<Option<Segment>, AuditError> {
-        let made = self.folder.create(first).and_then(|mut next| {
-            let secured = next.secure(space.saturating_add(OWN_ROOM));
+    fn roomy(&mut self, first: u64, space: u64) -> Result<Option<Segment>, AuditError> {
+        let made = self.next(first).and_then(|mut next| {
+            let secured = next.secure(space.saturating_add(OWN_ROOM)).inspect_err(|_| {
+                // Only what holds nothing can be taken back.
+                let _ = next.empty();
+            });
             secured.map(|()| next).map_err(|error| unavailable(self.folder.path(), &error))
         });
         match made {
