@@ -4208,7 +4208,7 @@ pub struct GetCacheStatisticsResponse {
     pub caches: ::prost::alloc::vec::Vec<CacheStatistics>,
 }
 /// Figures of one cache since the broker's start.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct CacheStatistics {
     /// The environment.
     #[prost(string, tag = "1")]
@@ -4228,7 +4228,7 @@ pub struct CacheStatistics {
     /// Fetches begun before an answer's time to live was over.
     #[prost(uint64, tag = "6")]
     pub refreshes_ahead: u64,
-    /// Calls to the store.
+    /// Calls to the store; one that asks for many secrets is one.
     #[prost(uint64, tag = "7")]
     pub upstream_calls: u64,
     /// Answers of the store that were errors other than absence.
@@ -4240,6 +4240,34 @@ pub struct CacheStatistics {
     /// Bytes that they take, as the bound counts them.
     #[prost(uint64, tag = "10")]
     pub bytes: u64,
+    /// How many secrets the store was asked for.
+    #[prost(uint64, tag = "11")]
+    pub upstream_secrets: u64,
+    /// How many of those questions went along in a call which another had opened.
+    #[prost(uint64, tag = "12")]
+    pub coalesced: u64,
+    /// Calls that waited for the quota of their account.
+    #[prost(uint64, tag = "13")]
+    pub quota_waits: u64,
+    /// Calls that were not made, because they would have had to wait for too long.
+    #[prost(uint64, tag = "14")]
+    pub quota_refusals: u64,
+    /// The secrets that the store was asked for most often, most first; at most 20.
+    #[prost(message, repeated, tag = "15")]
+    pub most_asked: ::prost::alloc::vec::Vec<AskedSecret>,
+    /// How often it was asked for all others together, those that were not found included.
+    #[prost(uint64, tag = "16")]
+    pub others_asked: u64,
+}
+/// How often a store was asked for a secret.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AskedSecret {
+    /// The secret.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// How many calls asked for it since the broker's start.
+    #[prost(uint64, tag = "2")]
+    pub calls: u64,
 }
 /// Generated client implementations.
 pub mod cache_service_client {
