@@ -69,7 +69,7 @@ impl Costs {
         let call = Call {
             principal: Arc::new(principal),
             source_address: SourceAddress::Internal,
-            request_id: "11111111-1111-4111-8111-111111111111".to_owned(),
+            request_id: "11111111-1111-4111-8111-111111111111".into(),
             reason: None,
         };
         let environment = ENVIRONMENT.parse().unwrap();

@@ -276,7 +276,7 @@ mod tests {
         let error = keys.turn(&call("second")).err().unwrap();
         assert_eq!(error.reason(), Reason::Conflict);
         let text = error.to_string();
-        assert!(text.contains("first") && text.contains(&first.request_id), "{text}");
+        assert!(text.contains("first") && text.contains(&*first.request_id), "{text}");
         drop(turn);
         assert!(keys.turn(&call("second")).is_ok());
     }

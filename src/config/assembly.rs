@@ -293,7 +293,9 @@ impl Running {
         let mut beside = JoinSet::new();
         beside.spawn(Arc::clone(&house.health).keep());
         beside.spawn(self.housekeeping().keep(shutdown.clone()));
-        for environment in self.broker.registry().iter().filter(|one| matches!(one.store, StoreChoice::Sealed)) {
+        for environment in
+            self.broker.registry().iter().filter(|one| matches!(one.store, StoreChoice::Sealed))
+        {
             beside.spawn(checked(Arc::clone(&self.sealed), environment.name.clone()));
         }
         if let Some(scheduler) = self.scheduler.take() {

@@ -1569,7 +1569,7 @@ async fn who_administers_the_broker_purges_and_it_is_on_record() {
     let figures = running.broker.cache_statistics(&administrator()).await.unwrap();
     let names: Vec<_> = figures.iter().map(|(name, _)| name.as_str()).collect();
     assert_eq!(names, ["development", "production", "staging"]);
-    assert_eq!((figures[0].1.entries, figures[0].1.misses), (2, 7));
+    assert_eq!((figures[0].1.stats.entries, figures[0].1.stats.misses), (2, 7));
     running.stop().await.unwrap();
 
     let records = records(folder.path());

@@ -1211,7 +1211,7 @@ async fn every_step_is_on_record_as_the_engine_s_with_whoever_asked() {
         records.iter().filter(|r| r["principal"] == r#"Workload::"rotation-engine""#).collect();
     for step in &steps {
         let reason = step["reason"].as_str().unwrap();
-        assert!(reason.contains(r#"Workload::"nightly""#) && reason.contains(&request), "{reason}");
+        assert!(reason.contains(r#"Workload::"nightly""#) && reason.contains(&*request), "{reason}");
         assert_eq!((&step["decision"], &step["secret"]), (&"allow".into(), &"api".into()));
     }
     for operation in ["rotate.create", "rotate.finish"] {

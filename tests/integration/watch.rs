@@ -50,7 +50,7 @@ fn caller(kind: PrincipalKind, name: &str, groups: &[&str]) -> Call {
     Call {
         principal: Arc::new(Principal::new(kind, name, groups, BTreeMap::new(), proof)),
         source_address: SourceAddress::Unix { pid: Some(1) },
-        request_id: VersionId::generate().to_string(),
+        request_id: VersionId::generate().to_string().into(),
         reason: None,
     }
 }

@@ -177,7 +177,7 @@ mod tests {
             drop(told);
             Ok(ended)
         });
-        let steps: Vec<_> = follow(progress, rotation, "r-1".to_owned()).map(Result::unwrap).collect().await;
+        let steps: Vec<_> = follow(progress, rotation, "r-1".into()).map(Result::unwrap).collect().await;
         let seen: Vec<_> = steps.iter().map(|step| (step.done, step.finished)).collect();
         assert_eq!(seen, [(5, false), (9, true)]);
         assert_eq!((steps[1].root_key_id.as_str(), steps[1].retired.as_str()), ("k", ""));
@@ -189,7 +189,7 @@ mod tests {
         drop(told);
         let refusal = BrokerError::Rejected { reason: Reason::Conflict, message: "not now".to_owned() };
         let rotation = tokio::spawn(async move { Err(refusal) });
-        let items: Vec<_> = follow(progress, rotation, "r-1".to_owned()).collect().await;
+        let items: Vec<_> = follow(progress, rotation, "r-1".into()).collect().await;
         let [Err(status)] = &items[..] else { panic!("{items:?}") };
         assert_eq!(status.get_details_error_info().unwrap().reason, "CONFLICT");
     }

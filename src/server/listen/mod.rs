@@ -338,7 +338,6 @@ async fn listen_tcp(address: SocketAddr) -> Result<(TcpListener, SocketAddr), Se
 mod tests {
     use super::*;
     use futures_util::StreamExt as _;
-    use tonic::transport::server::Connected as _;
 
     #[tokio::test]
     async fn a_stalesocket_is_replaced_and_a_live_one_is_not() {

@@ -56,7 +56,7 @@ fn by(kind: PrincipalKind, id: &str, groups: &[&str]) -> Call {
     Call {
         principal: Arc::new(Principal::new(kind, id, groups, BTreeMap::new(), proof)),
         source_address: SourceAddress::Unix { pid: Some(1) },
-        request_id: VersionId::generate().to_string(),
+        request_id: VersionId::generate().to_string().into(),
         reason: None,
     }
 }

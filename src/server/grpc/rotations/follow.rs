@@ -121,17 +121,17 @@ mod tests {
 
     #[tokio::test]
     async fn all_that_was_told_is_said_before_the_last_word() {
-        let steps = following(&[1, 2, 3], Ok(Some(7))).stream("r-1".to_owned()).await.unwrap();
+        let steps = following(&[1, 2, 3], Ok(Some(7))).stream("r-1".into()).await.unwrap();
         assert_eq!(all(steps).await, [Ok(10), Ok(20), Ok(30), Ok(7)]);
-        let steps = following(&[], Ok(None)).stream("r-1".to_owned()).await.unwrap();
+        let steps = following(&[], Ok(None)).stream("r-1".into()).await.unwrap();
         assert!(all(steps).await.is_empty());
     }
 
     #[tokio::test]
     async fn a_refusal_is_the_call_s_own_and_a_failure_on_the_way_the_stream_s_end() {
-        let refused = following(&[], denied()).stream("r-1".to_owned()).await;
+        let refused = following(&[], denied()).stream("r-1".into()).await;
         assert_eq!(refused.err().unwrap().reason(), Reason::Denied);
-        let steps = following(&[1], denied()).stream("r-1".to_owned()).await.unwrap();
+        let steps = following(&[1], denied()).stream("r-1".into()).await.unwrap();
         assert_eq!(all(steps).await, [Ok(10), Err("DENIED".to_owned())]);
     }
 
@@ -147,7 +147,7 @@ mod tests {
                 Ok(None)
             },
         )
-        .stream("r-1".to_owned())
+        .stream("r-1".into())
         .await
         .unwrap();
         assert_eq!(steps.next().await.unwrap().unwrap(), 1);
@@ -166,7 +166,7 @@ mod tests {
                 std::future::pending::<Ended>().await
             },
         );
-        drop(steps.stream("r-1".to_owned()).await.unwrap());
+        drop(steps.stream("r-1".into()).await.unwrap());
         let tell = telling.await.unwrap();
         tokio::time::timeout(Duration::from_secs(60), tell.closed()).await.expect("hung");
     }
