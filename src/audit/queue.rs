@@ -41,6 +41,8 @@ use crate::environment::Durability;
 const MAX_WAITING: usize = 65_536;
 /// How many bytes their fields take at most.
 const MAX_WAITING_BYTES: usize = 64 << 20;
+/// How many bytes of fields the writer takes at once. A power loss in the middle leaves no more to be cut off.
+const MOST_AT_ONCE: usize = 2 << 20;
 /// How many waiters memory is kept for.
 const USUAL_BATCH: usize = 4_096;
 /// How often the watch looks whether the writer hangs.
@@ -245,6 +247,30 @@ impl State {
         self.hangs
     }
 
+    /// Gives the writer what waits, or as much of it as it takes at once.
+    fn hand_over(&mut self, batch: &mut Vec<Work>) {
+        let Self { works, waiters, in_flight, records, bytes, records_in_flight, .. } = self;
+        if *bytes <= MOST_AT_ONCE {
+            mem::swap(works, batch);
+            mem::swap(waiters, in_flight);
+            (*records_in_flight, *records, *bytes) = (*records, 0, 0);
+            return;
+        }
+        let mut taken = 0;
+        let fits = |work: &&Work| {
+            taken += work.bytes();
+            taken <= MOST_AT_ONCE
+        };
+        // One at least, however large it is.
+        let count = works.iter().take_while(fits).count().max(1);
+        batch.extend(works.drain(..count));
+        in_flight.extend(waiters.drain(..count));
+        *records_in_flight = batch.iter().map(Work::records).sum();
+        *records = records.saturating_sub(*records_in_flight);
+        *bytes = bytes.saturating_sub(batch.iter().map(Work::bytes).sum());
+        self.is_due = true;
+    }
+
     /// Everyone who waits, and what the writer did not take yet, which is forgotten.
     fn let_go(&mut self) -> LetGo {
         (self.records, self.bytes, self.records_in_flight) = (0, 0, 0);
@@ -369,10 +395,7 @@ impl Queue {
         }
         (state.is_poked, state.is_due) = (false, false);
         state.lives(Some(self.clock.monotonic()));
-        let State { works, waiters, in_flight, records, bytes, records_in_flight, .. } = &mut *state;
-        mem::swap(works, batch);
-        mem::swap(waiters, in_flight);
-        (*records_in_flight, *records, *bytes) = (*records, 0, 0);
+        state.hand_over(batch);
         state.phase
     }
 
@@ -631,6 +654,22 @@ mod tests {
         let _waiting = queue.pushed(group(&long, 10_000)).unwrap();
         let error = queue.pushed(group(&long, 2_000)).unwrap_err();
         assert_eq!(error.reason(), Reason::AuditUnavailable);
+    }
+
+    #[test]
+    fn the_writer_takes_no_more_than_it_can_write_at_once() {
+        let queue = queue();
+        let long = "x".repeat(1_000);
+        let answers: Vec<_> = (0..4).map(|_| queue.pushed(group(&long, 999)).unwrap()).collect();
+        let mut batches = Vec::new();
+        while queue.figures().backlog > 0 {
+            batches.push(taken(&queue));
+        }
+        assert_eq!(batches, [2, 2]);
+        assert!(answers.into_iter().all(|answer| answer.blocking_recv().unwrap().is_ok()));
+        let huge = queue.pushed(group(&long, 9_999)).unwrap();
+        assert_eq!(taken(&queue), 1, "what is one is not taken apart");
+        assert!(huge.blocking_recv().unwrap().is_ok());
     }
 
     #[test]

@@ -761,7 +761,7 @@ mod tests {
             @id("not-x")
             forbid (principal, action == Action::"read", resource == Secret::"development:x");
             @id("own")
-            permit (principal, action == Action::"read", resource in Environment::"staging")
+            permit (principal, action == Action::"read", resource is Secret in Environment::"staging")
             when { principal.hasTag("app") && resource.folders.contains(principal.getTag("app")) };
             "#,
         );

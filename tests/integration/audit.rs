@@ -920,11 +920,9 @@ async fn b19_a_last_line_that_is_whole_and_wrong_is_no_crash() {
 #[tokio::test]
 async fn b19_a_torn_last_line_is_cut_off_and_recorded() {
     type Tear = fn(&mut Vec<u8>);
-    let cases: [(&str, Tear); 5] = [
+    let cases: [(&str, Tear); 3] = [
         ("half a line", |bytes| bytes.truncate(bytes.len() - 40)),
         ("without its newline", |bytes| bytes.truncate(bytes.len() - 1)),
-        ("zeros", |bytes| bytes.extend([0; 5_000])),
-        ("more zeros than a line", |bytes| bytes.extend(vec![0; 3 << 20])),
         ("a part of the last line that never arrived", |bytes| {
             let end = bytes.len() - 10;
             bytes[end - 30..end].fill(0);

@@ -161,6 +161,36 @@ impl Segment {
         self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
     }
 
+    /// The sequence that its name says.
+    pub(super) fn first(&self) -> u64 {
+        let name = self.path.file_stem().and_then(|stem| stem.to_str());
+        name.and_then(|digits| digits.parse().ok()).unwrap_or(0)
+    }
+
+    /// How many bytes are written and not known to be on the disk.
+    pub(super) const fn unsynced(&self) -> usize {
+        self.unsynced.len()
+    }
+
+    /// Another opening of the file, which the kernel tells of its own errors.
+    pub(super) fn reopened(&self) -> io::Result<File> {
+        let mut options = OpenOptions::new();
+        let file = options.read(true).custom_flags(OFlags::NOFOLLOW.bits().cast_signed()).open(&self.path)?;
+        match Identity::of(&file.metadata()?) == self.identity && !self.damaged {
+            true => Ok(file),
+            false => Err(io::Error::other("the file is not the one that was written")),
+        }
+    }
+
+    /// So many bytes from the beginning are on the disk.
+    pub(super) fn is_synced_to(&mut self, bytes: u64) {
+        let more = usize::try_from(bytes.saturating_sub(self.synced)).unwrap_or(usize::MAX);
+        if !self.damaged && more > 0 && more <= self.unsynced.len() {
+            self.unsynced.drain(..more);
+            self.synced = bytes;
+        }
+    }
+
     /// How many bytes were acknowledged.
     pub(super) fn len(&self) -> u64 {
         self.synced + wide(self.unsynced.len())

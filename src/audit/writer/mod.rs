@@ -14,6 +14,7 @@
 //! - what is reserved is still there behind it, but for what it wrote of that itself: see `reserve`. Where that can't be,
 //!   the records that have no claim are refused, and what is left is a batch.
 
+mod beside;
 mod draft;
 mod space;
 
@@ -24,6 +25,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
+use self::beside::{Beside, Mark};
 use self::draft::{Draft, Drafted, Level, Part, Tally, Written};
 use super::chain::{Fields, Head, Lines, Notice};
 use super::checkpoint::SigningKey;
@@ -40,6 +42,8 @@ use crate::clock::SharedClock;
 const RETRY_EVERY: Duration = Duration::from_secs(1);
 /// How often a log that can't be written says so.
 const COMPLAIN_EVERY: Duration = Duration::from_secs(10);
+/// How many bytes may be written and not synced. A power loss leaves that much to be cut off at most.
+const MOST_UNSYNCED: usize = 4 << 20;
 /// How many groups a batch keeps memory for.
 const USUAL_BATCH: usize = 4_096;
 
@@ -60,6 +64,11 @@ pub(super) struct Writer {
     /// Memory for those who wait.
     waiters: Vec<Waiter>,
     unsynced_since: Option<Duration>,
+    beside: Beside,
+    /// When the last sync beside the writer began, and which checkpoint it is to bring to the disk: what was written since
+    /// waits from then on.
+    synced_at: Duration,
+    synced_checkpoint: Option<Head>,
     retention_due: bool,
     room: Room,
     look_at: Duration,
@@ -102,6 +111,7 @@ impl Writer {
             checkpoint: None,
         };
         let lines = Lines::new(&settings.instance);
+        let beside = Beside::new(Arc::clone(&shared));
         let mut writer = Self {
             settings,
             key,
@@ -115,6 +125,9 @@ impl Writer {
             lines,
             waiters: Vec::new(),
             unsynced_since: None,
+            beside,
+            synced_at: Duration::ZERO,
+            synced_checkpoint: None,
             retention_due: true,
             room: Room::Ample,
             look_at: Duration::ZERO,
@@ -266,13 +279,48 @@ impl Writer {
         if now >= self.look_at {
             self.look_at_disk(now);
         }
-        if self.due().is_none_or(|due| now < due) {
+        self.take_note_of_the_disk(now);
+        if self.due().is_none_or(|due| now < due) || self.sync_beside(now) {
             return;
         }
         // Only a record that reaches the disk proves that the trouble is over.
         let level = if self.is_troubled { Level::Signed } else { Level::Synced };
         // What it failed with is noted.
         let _ = self.say(level);
+    }
+
+    /// Takes note of what a sync beside the writer brought to the disk.
+    fn take_note_of_the_disk(&mut self, now: Duration) {
+        let Some(Ok(mark)) = self.beside.ended() else { return };
+        if mark.first == self.segment.first() {
+            self.segment.is_synced_to(mark.bytes);
+            let rest = self.segment.unsynced() > 0;
+            self.unsynced_since = rest.then_some(self.unsynced_since.unwrap_or(now).max(self.synced_at));
+            if let Some(head) = self.synced_checkpoint.take().filter(|_| self.tally.checkpoint.is_some()) {
+                self.tell(head);
+                // A later one is told when it is on the disk.
+                self.tally.checkpoint = self.tally.checkpoint.filter(|later| *later != head);
+            }
+        }
+    }
+
+    /// Whether all that is due is a sync, and one is made beside the writer.
+    fn sync_beside(&mut self, now: Duration) -> bool {
+        let is_all = !self.is_troubled && self.sign_due().is_none_or(|due| now < due) && self.pending.is_empty();
+        if !is_all || self.segment.unsynced() > MOST_UNSYNCED {
+            return false;
+        }
+        if self.beside.is_under_way(now) {
+            return true;
+        }
+        let mark = Mark { first: self.segment.first(), bytes: self.segment.len() };
+        // One that takes too long is not begun again beside it.
+        let is_free = self.beside.due().is_none();
+        let begun = is_free && self.segment.reopened().is_ok_and(|file| self.beside.begin(file, mark, now));
+        if begun {
+            (self.synced_at, self.synced_checkpoint) = (now, self.tally.checkpoint);
+        }
+        begun
     }
 
     /// Says where the disk fills up, before it is full and nothing can be served.
@@ -285,10 +333,16 @@ impl Writer {
     }
 
     fn due(&self) -> Option<Duration> {
-        let sync = self.unsynced_since.map(|since| since + SYNC_WITHIN);
-        let sign = self.tally.unsigned_since.map(|since| since + CHECKPOINT_WITHIN);
+        let sync = self.unsynced_since.map(|since| {
+            let due = since + SYNC_WITHIN;
+            self.beside.due().map_or(due, |late| due.max(late))
+        });
         let retry = self.is_troubled.then_some(self.retry_at);
-        [sync, sign, retry].into_iter().flatten().min().map(|due| due.max(self.retry_at))
+        [sync, self.sign_due(), retry].into_iter().flatten().min().map(|due| due.max(self.retry_at))
+    }
+
+    fn sign_due(&self) -> Option<Duration> {
+        self.tally.unsigned_since.map(|since| since + CHECKPOINT_WITHIN)
     }
 
     fn patience(&self) -> Duration {
@@ -307,7 +361,9 @@ impl Writer {
         self.hold_segment()?;
         let Drafted { tally, written } = self.draft(batch, part, level)?;
         // What the log says about itself waits for no one.
-        let sync = level != Level::Written || !self.pending.is_empty();
+        let sync = level != Level::Written
+            || !self.pending.is_empty()
+            || self.segment.unsynced().saturating_add(self.lines.bytes().len()) > MOST_UNSYNCED;
         if self.lines.bytes().is_empty() && !sync {
             return Ok(written);
         }
@@ -371,7 +427,12 @@ impl Writer {
     }
 
     fn tell_checkpoint(&mut self) {
-        let Some(Head { seq, hash }) = self.tally.checkpoint.take() else { return };
+        if let Some(head) = self.tally.checkpoint.take() {
+            self.tell(head);
+        }
+    }
+
+    fn tell(&self, Head { seq, hash }: Head) {
         let anchor = Anchor { instance: self.settings.instance.clone(), seq, hash };
         *self.shared.checkpoint.lock().unwrap_or_else(PoisonError::into_inner) = Some(anchor);
     }
