@@ -166,7 +166,7 @@ impl Broker {
     fn permitted(&self, call: &Call, item: Result<Read, BrokerError>) -> Item {
         let read = match item {
             Ok(read) => read,
-            Err(error) => return Item::Refused(record::of_call(call, "batch_get"), error),
+            Err(error) => return Item::Refused(record::of_call(call, "batch_get").into(), error),
         };
         let resource = Resource::Secret(read.id.clone());
         let declared = |grant: Grant| match self.parts.registry.get(&read.id.environment) {
@@ -178,7 +178,7 @@ impl Broker {
             Err((decision, error)) => {
                 let decision = decision.as_deref();
                 let record = record::of_resource(call, "batch_get", Action::Read, &resource, decision);
-                Item::Refused(record.of_field(read.field.as_ref()), error)
+                Item::Refused(record.of_field(read.field.as_ref()).into(), error)
             }
         }
     }
@@ -263,7 +263,7 @@ impl Broker {
 /// One item on its way: what to ask, or why not to and what is recorded of that.
 enum Item {
     Permitted(Read, Grant),
-    Refused(Record, BrokerError),
+    Refused(Box<Record>, BrokerError),
 }
 
 /// Cuts what was fetched down to what was asked for.

@@ -306,7 +306,8 @@ impl Writer {
 
     /// Whether all that is due is a sync, and one is made beside the writer.
     fn sync_beside(&mut self, now: Duration) -> bool {
-        let is_all = !self.is_troubled && self.sign_due().is_none_or(|due| now < due) && self.pending.is_empty();
+        let is_all =
+            !self.is_troubled && self.sign_due().is_none_or(|due| now < due) && self.pending.is_empty();
         if !is_all || self.segment.unsynced() > MOST_UNSYNCED {
             return false;
         }
