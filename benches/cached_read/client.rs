@@ -290,13 +290,17 @@ pub(crate) async fn at_10k(clients: &[Client], window: Duration) -> Vec<Duration
 }
 
 /// A timer that fires at this pace.
+#[expect(
+    deprecated,
+    reason = "an `OwnedFd` is the same descriptor for as long as it lives, which is all that is asked of it"
+)]
 fn ticks(pace: Duration) -> AsyncFd<OwnedFd> {
     let timer =
         timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC).unwrap();
     let pace = Timespec { tv_sec: 0, tv_nsec: i64::from(pace.subsec_nanos()) };
     let times = Itimerspec { it_interval: pace, it_value: pace };
     timerfd_settime(&timer, TimerfdTimerFlags::empty(), &times).unwrap();
-    AsyncFd::register(timer).unwrap()
+    AsyncFd::new(timer).unwrap()
 }
 
 pub(crate) fn p99(times: &[Duration]) -> Duration {

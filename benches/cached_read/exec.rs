@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::percentile;
-use crate::process::pin;
+use crate::process::{Side, pin};
 use crate::program::{CLAVIGER, Program, command};
 use crate::report::{Report, milliseconds};
 
@@ -82,8 +82,8 @@ fn start(folder: &Path, socket: &Path) -> Program {
     dev.env("USER", "benchmark").arg("dev");
     dev.arg("--data").arg(folder.join("dev")).arg("--socket").arg(socket);
     // A process starts on the core of who starts it.
-    pin(0);
+    pin(Side::Server);
     let broker = Program::start(&mut dev);
-    pin(1);
+    pin(Side::Client);
     broker
 }

@@ -49,7 +49,7 @@ use std::time::{Duration, Instant};
 
 use client::Bench;
 use options::Options;
-use process::pin;
+use process::{Side, pin};
 use report::Report;
 
 /// The size of a value that is read, in bytes.
@@ -79,7 +79,7 @@ fn end(code: i32, problem: &str) -> ! {
 
 /// Measures what is asked for; an error where that gave something that is no number.
 fn measure(options: &Options) -> Result<(), String> {
-    pin(1);
+    pin(Side::Client);
     let begun = Instant::now();
     let folder = tempfile::tempdir().expect("a temporary folder");
     let mut report = Report::new(options.json);

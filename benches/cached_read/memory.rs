@@ -17,7 +17,7 @@ use claviger::store::{
 };
 use jiff::Timestamp;
 
-use crate::process::{pin, resident_kib};
+use crate::process::{Side, pin, resident_kib};
 use crate::report::Report;
 use crate::{VALUE, server};
 
@@ -43,7 +43,7 @@ pub(crate) fn measure(report: &mut Report) {
 
 /// Caches the secrets, and says by how many bytes the process grew.
 pub(crate) fn fill() {
-    pin(0);
+    pin(Side::Server);
     // In a task, as requests are: on the thread that the cache's own tasks run on.
     server::runtime().block_on(async { tokio::spawn(cache_many()).await.unwrap() });
 }

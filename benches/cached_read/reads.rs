@@ -84,6 +84,14 @@ pub(crate) fn p99(bench: &Bench<'_>, report: &mut Report) {
     report.figure("p99_durable_10k_echo", ratio);
     row("durable, against the echo's", (bare_p99, durable_p99), ratio, "–", report);
 
+    for (name, times) in [("echo", &bare), ("relaxed", &relaxed), ("durable", &durable)] {
+        for percent in [50, 90] {
+            let of_turns =
+                times.iter().map(|times| percentile(&mut times.clone(), percent).as_secs_f64() * 1e3);
+            report.figure(format!("{name}_p{percent}_10k_ms"), median(of_turns.collect()));
+        }
+    }
+
     let (commit, durable_of_all) = (of_all(commits), of_all(durable));
     let ratio = durable_of_all / commit;
     report.figure("p99_durable_10k", ratio);

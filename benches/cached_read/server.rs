@@ -22,7 +22,8 @@ use claviger::store::Put;
 use tokio::sync::watch;
 use tonic::{Request, Response, Status};
 
-use crate::{VALUE, certificates, pin};
+use crate::process::{Side, pin};
+use crate::{VALUE, certificates};
 
 /// Where the secrets are.
 pub(crate) const ENVIRONMENT: &str = "production";
@@ -39,7 +40,7 @@ pub(crate) fn of_batch(number: usize) -> String {
 /// Serves until it is killed; says on its first line where, with which token to read, and where with TLS. What there
 /// is none of is `-`.
 pub(crate) fn serve(what: &str, folder: &Path) {
-    pin(0);
+    pin(Side::Server);
     let runtime = runtime();
     match what {
         "echo" => runtime.block_on(serve_echo()),

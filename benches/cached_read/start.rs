@@ -4,7 +4,7 @@ use std::path::Path;
 
 use claviger::policy::SHIPPED;
 
-use crate::process::{megabytes, pin};
+use crate::process::{Side, megabytes, pin};
 use crate::program::{CLAVIGER, Program, command};
 use crate::report::Report;
 
@@ -20,9 +20,9 @@ pub(crate) fn measure(folder: &Path, report: &mut Report) {
     let mut serve = command(CLAVIGER);
     serve.args(["serve", "--config"]).arg(&config);
     // A process starts on the core of who starts it.
-    pin(0);
+    pin(Side::Server);
     let broker = Program::start(&mut serve);
-    pin(1);
+    pin(Side::Client);
     let weight = megabytes(broker.settled_kib());
     broker.end();
     report.figure("rss_start_mb", weight);

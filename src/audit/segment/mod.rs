@@ -387,6 +387,12 @@ fn allocate(file: &File, offset: u64, bytes: u64) -> io::Result<()> {
     Ok(retry_on_intr(|| rustix::fs::fallocate(file, FallocateFlags::KEEP_SIZE, offset, bytes))?)
 }
 
+/// Has this thread give way to those that serve. On Linux a priority is a thread's own (`setpriority(2)`, "C library/kernel
+/// differences"). Where it can't be lowered, it works as it is.
+pub(super) fn give_way(nice: i32) {
+    let _ = rustix::process::setpriority_process(None, nice);
+}
+
 /// A number of bytes in memory as one of bytes in a file.
 pub(super) fn wide(count: usize) -> u64 {
     u64::try_from(count).unwrap_or(u64::MAX)

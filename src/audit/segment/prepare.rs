@@ -28,10 +28,10 @@ use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
 use super::folder::free_permille;
-use super::{Folder, Segment};
+use super::{Folder, Segment, give_way};
 
 /// How many zeros are written at once.
-const PIECE: usize = 256 << 10;
+const PIECE: usize = 64 << 10;
 const PIECE_BYTES: u64 = PIECE as u64;
 /// The size of the smallest segments that are worth it, in bytes.
 const SMALLEST: u64 = 16 << 10;
@@ -225,7 +225,10 @@ impl Worker {
     fn start() -> io::Result<Self> {
         let desk = Arc::new(Desk::default());
         let at = Arc::clone(&desk);
-        let thread = thread::Builder::new().name("claviger-prepare".to_owned()).spawn(move || at.run())?;
+        let thread = thread::Builder::new().name("claviger-prepare".to_owned()).spawn(move || {
+            give_way(19);
+            at.run();
+        })?;
         Ok(Self { desk, thread })
     }
 }

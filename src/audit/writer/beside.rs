@@ -21,6 +21,7 @@ use std::thread;
 use std::time::Duration;
 
 use super::super::log::Shared;
+use super::super::segment::give_way;
 
 /// How long the writer relies on it.
 const PATIENCE: Duration = Duration::from_millis(500);
@@ -84,6 +85,7 @@ impl Beside {
         let (orders, received): (_, Receiver<(File, Mark)>) = channel();
         let (shared, done) = (Arc::clone(&self.shared), Arc::clone(&self.done));
         let work = move || {
+            give_way(10);
             for (file, mark) in received {
                 let synced = file.sync_data().map(|()| mark);
                 drop(file);
