@@ -9,7 +9,7 @@
 //! ```
 //!
 //! INVARIANT: nothing that a store said leaves this module before its record is as durable as its environment asks
-//! ([`Broker::released`]); a change is on record before it is made ([`Broker::intend`]). When the log can't be
+//! ([`Broker::released`], and for values [`Broker::recorded`]); a change is on record before it is made ([`Broker::intend`]). When the log can't be
 //! written, both fail and nothing is served.
 //!
 //! INVARIANT: the stores are reachable only through [`Guarded`], whose methods take a [`Grant`].
@@ -28,7 +28,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use crate::audit::{AuditError, Log, Outcome, Record};
+use crate::audit::{AuditError, Batch, Log, Outcome, Record};
 use crate::clock::SharedClock;
 use crate::environment::{Durability, EnvironmentError, Registry};
 use crate::error::{Reason, Reasoned};
@@ -314,6 +314,14 @@ impl Broker {
         };
         self.append(record, self.durability(grant.resource())).await?;
         result
+    }
+
+    /// Gives `answer` out after the records of it, which a read encodes as it makes them: the one exit for values.
+    async fn recorded<T>(&self, records: Batch, durability: Durability, answer: T) -> Result<T, BrokerError> {
+        if !records.is_empty() {
+            self.parts.log.append_encoded(records, durability).await?;
+        }
+        Ok(answer)
     }
 
     async fn append(&self, record: Record, durability: Durability) -> Result<(), BrokerError> {

@@ -67,8 +67,7 @@ impl Broker {
             let view = reads.permitted(&grant, read.field.as_ref());
             records.push(&record::ended(view, result.as_ref()));
         }
-        self.parts.log.append_encoded(records, self.durability(grant.resource())).await?;
-        result
+        self.recorded(records, self.durability(grant.resource()), result).await?
     }
 
     /// Many secrets, each with its own result, in order. One record each; their values leave together, after all of
@@ -223,10 +222,7 @@ impl Broker {
             };
             results.push(result);
         }
-        if !records.is_empty() {
-            self.parts.log.append_encoded(records, durability).await?;
-        }
-        Ok(results)
+        self.recorded(records, durability, results).await
     }
 
     /// A page of an environment's names.

@@ -14,6 +14,7 @@ use super::exit::{CliError, Exit};
 use crate::config::Resolved;
 use crate::config::assembly::Running;
 use crate::config::check::{Finding, Level, check_text};
+use crate::crypto;
 use crate::error::Reason;
 use crate::server::admin::BoundAdmin;
 use crate::telemetry;
@@ -73,6 +74,8 @@ pub(super) async fn run(args: Args, context: &Context) -> Result<Exit, CliError>
         }
         None => running,
     };
+    // From here on little of the program is called: some megabytes of it were for the start.
+    crypto::let_go_of_code();
     running.serve(doors, resolved.limits, stopped).await?;
     Ok(Exit::DONE)
 }

@@ -8,7 +8,7 @@
 //! Each key has a mapping of its own because both calls work on whole pages: in a page shared with others, the first
 //! key to go would unlock its neighbours.
 
-#![allow(unsafe_code, reason = "locking pages has no safe interface; this module offers one")]
+#![allow(unsafe_code, reason = "what is said of pages has no safe interface; this module offers one")]
 
 use std::alloc::{Layout, handle_alloc_error};
 use std::ffi::c_void;
@@ -36,6 +36,34 @@ pub fn harden_process() -> Vec<String> {
     let core = process::setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })
         .map_err(|error| format!("the process may leave a core dump (RLIMIT_CORE: {error})"));
     [dumpable, core].into_iter().filter_map(Result::err).collect()
+}
+
+/// Lets go of the pages that hold code: what the start alone needed no longer counts as this process's memory, and what is
+/// needed again is mapped again when it is called, from the page cache. Gives how many bytes were let go of at most; 0 where
+/// the kernel does not say what is mapped.
+pub fn let_go_of_code() -> usize {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let code = maps.lines().filter_map(code_of);
+    code.filter(|(at, length)| {
+        // SAFETY: the range is a private mapping of a file, which can't be written to, so every page of it is as it is in
+        // the file, and reads the same when it is mapped again (madvise(2), MADV_DONTNEED).
+        unsafe { mm::madvise(ptr::with_exposed_provenance_mut(*at), *length, Advice::LinuxDontNeed) }.is_ok()
+    })
+    .map(|(_, length)| length)
+    .sum()
+}
+
+/// Where a line of `/proc/PID/maps` (proc_pid_maps(5)) says that code of a file is mapped, and how long it is.
+fn code_of(line: &str) -> Option<(usize, usize)> {
+    let mut words = line.split_ascii_whitespace();
+    let (range, permissions) = (words.next()?, words.next()?);
+    let (inode, path) = (words.nth(2)?, words.next()?);
+    if permissions != "r-xp" || inode == "0" || !path.starts_with('/') {
+        return None;
+    }
+    let (from, to) = range.split_once('-')?;
+    let (from, to) = (usize::from_str_radix(from, 16).ok()?, usize::from_str_radix(to, 16).ok()?);
+    Some((from, to.checked_sub(from)?))
 }
 
 /// Overwrites the part of the stack that the functions just called have used: a key that is moved or returned by value
@@ -135,6 +163,30 @@ fn protect(pages: NonNull<c_void>, length: usize) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn code_is_let_go_of_and_runs_on() {
+        assert!(let_go_of_code() > 0);
+        assert!(let_go_of_code() > 0, "it is mapped again where it is called");
+    }
+
+    #[test]
+    fn nothing_but_code_of_a_file_is_let_go_of() {
+        let code = "7f1000-7f3000 r-xp 00002000 fe:00 1234   /usr/bin/claviger";
+        assert_eq!(code_of(code), Some((0x7f_1000, 0x2000)));
+        for other in [
+            "7f1000-7f3000 rw-p 00002000 fe:00 1234 /usr/bin/claviger",
+            "7f1000-7f3000 r--p 00002000 fe:00 1234 /usr/bin/claviger",
+            "7f1000-7f3000 rwxp 00002000 fe:00 1234 /usr/bin/claviger",
+            "7f1000-7f3000 r-xs 00002000 fe:00 1234 /usr/bin/claviger",
+            "7f1000-7f3000 r-xp 00000000 00:00 0",
+            "7ffd1000-7ffd3000 r-xp 00000000 00:00 0 [vdso]",
+            "7f1000 r-xp 00002000 fe:00 1234 /usr/bin/claviger",
+            "",
+        ] {
+            assert_eq!(code_of(other), None, "{other}");
+        }
+    }
     use std::process::Command;
 
     #[test]

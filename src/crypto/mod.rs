@@ -30,7 +30,7 @@ pub use envelope::Slot;
 pub use key_file::{KeyError, KeyProblem, create_key_file, read_key_file};
 pub use key_ring::KeyRing;
 pub use mac::{MAC_BYTES, Mac, MacKey};
-pub use memory::harden_process;
+pub use memory::{harden_process, let_go_of_code};
 pub use root_key::{KEY_BYTES, RootKey, RootKeyId, RootKeySource};
 
 /// Why something can't be sealed or opened.
