@@ -1,5 +1,6 @@
 //! What the kernel says of a process, and on which core one runs.
 
+use std::sync::OnceLock;
 use std::time::Duration;
 
 /// The processor time that a process has taken so far, all of its threads, its own and the kernel's for it: proc(5),
@@ -36,7 +37,8 @@ pub(crate) enum Side {
 /// to, where the kernel says so: there, what the disk has done is known to whoever waits for it. On the client's core it
 /// would first have to wait until the client lets go of it, which is none of the server's cost.
 pub(crate) fn pin(side: Side) {
-    let server = interrupted().unwrap_or(0);
+    static SERVER: OnceLock<usize> = OnceLock::new();
+    let server = *SERVER.get_or_init(|| interrupted().unwrap_or(0));
     let core = match side {
         Side::Server => server,
         Side::Client => 1 - server,

@@ -13,7 +13,18 @@
 //!
 //! {…"kind":"checkpoint",…,"key":"<16 hex>","signature":"<base64>",
 //!     "handover":{"key":"<64 hex>","next_key":"<64 hex>","next_signature":"<base64>"}}     one line: another key signs
+//!
+//! DIR/audit/<instance>/next.prepared                         zeros that will be the next segment; not there at rest
+//! DIR/audit/<instance>/<first sequence>.torn-<offset>        what a start cut off that segment, behind this byte
 //! ```
+//!
+//! Under load, segments are prepared ahead: lines overwrite zeros that are on the disk already. So the segment that is
+//! written to, and those that a crash left, may end in NUL bytes, which are no content: [`verify`](verify()),
+//! [`query`](query()) and the next start take them for the end. A segment at rest is its lines and nothing else.
+//!
+//! What a crash tore at the end of the last segment holds no record that anyone was told is durable. A start cuts it off
+//! and [says so](Kind::Repaired); where it is more than one unfinished line, it keeps it in a file of its own before, which
+//! no retention removes.
 //!
 //! A chain alone can be rewritten by whoever can write the file; a checkpoint can't without the signing key. What
 //! follows the last checkpoint is unanchored, and verification says so. A cut tail shows only against an [`Anchor`]:
@@ -78,7 +89,8 @@ pub enum Kind {
     Shutdown,
     /// A signed statement about everything before it.
     Checkpoint,
-    /// A torn last line, left by a crash, was cut off.
+    /// A torn end, left by a crash, was cut off: an unfinished line, or all from the first line on of which a page did not
+    /// reach the disk.
     Repaired,
     /// The log is no longer what was written: its file was deleted or replaced while it ran. Or a start was told to
     /// go on with a log, or with stores, that are less than they are known to have been.

@@ -274,6 +274,7 @@ impl State {
     /// Everyone who waits, and what the writer did not take yet, which is forgotten.
     fn let_go(&mut self) -> LetGo {
         (self.records, self.bytes, self.records_in_flight) = (0, 0, 0);
+        (self.is_due, self.nudged_by) = (false, None);
         let mut waiters = mem::take(&mut self.in_flight);
         waiters.append(&mut self.waiters);
         LetGo { waiters, closers: mem::take(&mut self.closers), works: mem::take(&mut self.works) }
@@ -396,7 +397,8 @@ impl Queue {
         (state.is_poked, state.is_due) = (false, false);
         state.lives(Some(self.clock.monotonic()));
         state.hand_over(batch);
-        state.phase
+        // What is left is written before anything ends.
+        if state.works.is_empty() { state.phase } else { Phase::Open }
     }
 
     /// Answers everyone whose work was taken last; whoever was let go meanwhile has an answer. `spare` is empty memory
@@ -538,10 +540,12 @@ impl Queue {
     pub(super) fn finish(&self, result: &Ending) {
         let mut state = self.lock();
         state.phase = Phase::Closed;
-        for closer in state.closers.drain(..) {
-            drop(closer.send(result.clone()));
-        }
+        let LetGo { waiters, closers, works } = state.let_go();
         drop(state);
+        // Nothing is left by a writer that ended in good order; whoever came after all must not wait for ever.
+        drop(works);
+        self.refuse(waiters, &AuditError::Closed);
+        closers.into_iter().for_each(|closer| drop(closer.send(result.clone())));
         self.ended.notify_all();
     }
 
@@ -670,6 +674,32 @@ mod tests {
         let huge = queue.pushed(group(&long, 9_999)).unwrap();
         assert_eq!(taken(&queue), 1, "what is one is not taken apart");
         assert!(huge.blocking_recv().unwrap().is_ok());
+    }
+
+    #[test]
+    fn a_queue_is_closed_when_all_that_waits_is_written() {
+        let queue = queue();
+        let long = "x".repeat(1_000);
+        let answers: Vec<_> = (0..3).map(|_| queue.pushed(group(&long, 1_500)).unwrap()).collect();
+        let mut closed = queue.close().unwrap();
+        let (mut batch, mut phases) = (Vec::new(), Vec::new());
+        for _ in 0..3 {
+            phases.push(queue.take(&mut batch, None));
+            queue.settle(&mut Vec::new(), Ok((1..).take(batch.len()).collect()));
+            batch.clear();
+        }
+        assert_eq!(phases, [Phase::Open, Phase::Open, Phase::Closing]);
+        queue.finish(&Ok(()));
+        assert!(closed.try_recv().unwrap().is_ok());
+        assert!(answers.into_iter().all(|answer| answer.blocking_recv().unwrap().is_ok()));
+    }
+
+    #[test]
+    fn whoever_waits_at_the_end_is_not_left_waiting() {
+        let queue = queue();
+        let answer = queue.pushed(group("", 0)).unwrap();
+        queue.finish(&Ok(()));
+        assert!(matches!(answer.blocking_recv().unwrap(), Err(AuditError::Closed)));
     }
 
     #[test]

@@ -148,9 +148,10 @@ pub struct InstanceReport {
     pub anchored: Option<u64>,
     /// How many records follow it. They may have been rewritten by whoever can write the file.
     pub unanchored: u64,
-    /// How many bytes of an unfinished line end the log: a write under way, or a crash.
+    /// How many bytes at the log's end are torn: an unfinished line, or a stretch of lines with a hole in it. A write under
+    /// way, or a crash. NUL bytes behind them are not counted.
     pub torn_bytes: u64,
-    /// How often a start cut off a torn line.
+    /// How often a start cut off a torn end.
     pub repairs: u64,
     /// How many [`Lost`](super::Kind::Lost) records there are: what is left may be whole, but is not all there was.
     pub losses: u64,

@@ -109,7 +109,8 @@ fn harden(command: &Command) -> Vec<String> {
 }
 
 fn carry_out(command: Command, context: &Context) -> Result<Exit, CliError> {
-    // A broker uses every core; a command that asks one question must not start threads for it.
+    // A broker serves on threads of its own, and does the rest of its work on these; a command that asks one question must
+    // not start threads for it.
     let mut runtime = match command {
         Command::Dev(_) | Command::Serve(_) => tokio::runtime::Builder::new_multi_thread(),
         _ => tokio::runtime::Builder::new_current_thread(),

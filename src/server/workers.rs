@@ -17,12 +17,17 @@ use std::fmt;
 use std::io;
 use std::num::NonZeroUsize;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
+
+/// How long a worker is waited for at the end.
+const LEAVES_WITHIN: Duration = Duration::from_secs(2);
 
 /// What a worker is to see to the end: a connection.
 type Work = Pin<Box<dyn Future<Output = ()> + Send>>;
@@ -43,6 +48,8 @@ struct Worker {
     orders: Option<mpsc::UnboundedSender<Order>>,
     serves: Arc<AtomicUsize>,
     thread: Option<JoinHandle<()>>,
+    /// Says when the thread has ended.
+    ended: Mutex<Receiver<()>>,
 }
 
 impl Workers {
@@ -67,11 +74,20 @@ impl Workers {
 
     /// Has `work` done by the one that has the least of it.
     pub(super) fn give(&self, work: impl Future<Output = ()> + Send + 'static) {
-        let least = self.workers.iter().min_by_key(|worker| worker.serves.load(Ordering::Relaxed));
-        let Some(Worker { orders: Some(orders), serves, .. }) = least else { return };
-        let busy = Busy::new(serves, &self.ended);
-        // One that is no more drops the work, and so closes the connection.
-        drop(orders.send(Order::Serve(Box::pin(work), busy)));
+        let mut order: Option<Work> = Some(Box::pin(work));
+        let mut workers: Vec<&Worker> = self.workers.iter().collect();
+        workers.sort_by_key(|worker| worker.serves.load(Ordering::Relaxed));
+        for Worker { orders, serves, .. } in workers {
+            let (Some(orders), Some(work)) = (orders, order.take()) else { return };
+            let Err(refused) = orders.send(Order::Serve(work, Busy::new(serves, &self.ended))) else {
+                return;
+            };
+            // It is no more, which is a defect; the others serve on.
+            tracing::error!("a thread that serves connections has ended; restart the broker");
+            if let Order::Serve(work, _) = refused.0 {
+                order = Some(work);
+            }
+        }
     }
 
     /// Waits until all work is done.
@@ -121,22 +137,31 @@ impl Worker {
                 }
             }
         };
+        let (ends, ended) = std::sync::mpsc::channel();
         let thread = thread::Builder::new().name(format!("claviger-serve-{number}")).spawn(move || {
             runtime.block_on(serve);
             // What was begun on other threads is not waited for.
             runtime.shutdown_background();
+            drop(ends);
         })?;
-        Ok(Self { orders: Some(orders), serves: Arc::default(), thread: Some(thread) })
+        Ok(Self {
+            orders: Some(orders),
+            serves: Arc::default(),
+            thread: Some(thread),
+            ended: Mutex::new(ended),
+        })
     }
 }
 
 impl Drop for Worker {
     fn drop(&mut self) {
         drop(self.orders.take());
-        // Not by a thread that a worker's own task is dropped on.
-        if let Some(thread) =
-            self.thread.take().filter(|thread| thread.thread().id() != thread::current().id())
-        {
+        // Not by a thread that a worker's own task is dropped on, nor for longer than anything else at the end: one that
+        // the kernel holds must not hold the process.
+        let own = thread::current().id();
+        let Some(thread) = self.thread.take().filter(|thread| thread.thread().id() != own) else { return };
+        let ended = self.ended.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if ended.recv_timeout(LEAVES_WITHIN) == Err(RecvTimeoutError::Disconnected) {
             drop(thread.join());
         }
     }
@@ -165,7 +190,6 @@ impl Drop for Busy {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Mutex;
     use tokio::sync::oneshot;
 
     fn workers(count: usize) -> Workers {

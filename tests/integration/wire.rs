@@ -2,8 +2,13 @@
 
 use std::io::{Read as _, Write as _};
 
+use bytes::Bytes;
 use claviger::proto::v1;
 use claviger::proto::v1::audit_service_client::AuditServiceClient;
+use http_body::Frame;
+use http_body_util::{BodyExt as _, StreamBody};
+use prost::Message as _;
+use tonic::transport::Channel;
 use tonic::{Code, Status};
 use tonic_health::pb::health_client::HealthClient;
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus};
@@ -11,6 +16,7 @@ use tonic_reflection::pb::v1::ServerReflectionRequest;
 use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
 use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
 use tonic_types::StatusExt as _;
+use tower::ServiceExt as _;
 
 use crate::support::program::{Program, claviger};
 use crate::support::{channel, secrets};
@@ -284,4 +290,67 @@ async fn b30_a_connection_that_never_ends_does_not_keep_the_broker() {
     tokio::time::timeout(Duration::from_secs(60), serving).await.expect("a hard end").unwrap().unwrap();
     let records = assembled::records(folder.path());
     assert_eq!(records.iter().rev().nth(1).unwrap()["kind"], "shutdown");
+}
+
+/// What a call with this body comes to: its code and reason, and how many bytes of messages there were.
+async fn called(channel: &Channel, token: &str, kind: &str, frames: &[&[u8]]) -> (String, String, usize) {
+    let frames: Vec<_> = frames.iter().map(|frame| Ok(Frame::data(Bytes::copy_from_slice(frame)))).collect();
+    let body = StreamBody::new(futures_util::stream::iter::<Vec<Result<_, Status>>>(frames));
+    let request = http::Request::post("/claviger.v1.SecretService/GetSecret")
+        .header("content-type", kind)
+        .header("te", "trailers")
+        .header("authorization", format!("Bearer {token}"))
+        .body(tonic::body::Body::new(body))
+        .unwrap();
+    let response = channel.clone().oneshot(request).await.unwrap();
+    assert!(response.headers().contains_key("x-request-id"));
+    let (head, body) = response.into_parts();
+    let collected = body.collect().await.unwrap();
+    let trailers = collected.trailers().cloned().unwrap_or_default();
+    let bytes = collected.to_bytes().len();
+    let said = Status::from_header_map(&head.headers).or_else(|| Status::from_header_map(&trailers)).unwrap();
+    let reason = said.get_details_error_info().map(|info| info.reason).unwrap_or_default();
+    (format!("{:?}", said.code()), reason, bytes)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_read_is_answered_alike_whichever_way_it_takes() {
+    let folder = tempfile::tempdir().unwrap();
+    let (program, address) = with_tcp(folder.path());
+    let token = program
+        .ok(["token", "create", "--user", "ana", "--group", "team", "--expires", "1h"])
+        .trim()
+        .to_owned();
+    let channel = Channel::from_shared(address).unwrap().connect().await.unwrap();
+    let framed = |compressed: u8, message: &[u8]| {
+        let length = u32::try_from(message.len()).unwrap().to_be_bytes();
+        [&[compressed][..], &length, message].concat()
+    };
+    let good = framed(0, &get("development", "database").encode_to_vec());
+    let missing = framed(0, &get("development", "missing").encode_to_vec());
+    let senseless = framed(0, &get("Development", "database").encode_to_vec());
+    let large = v1::GetSecretRequest { reason: "x".repeat(2 << 20), ..get("development", "database") };
+    let large = framed(0, &large.encode_to_vec());
+    let bytewise: Vec<&[u8]> = good.chunks(1).collect();
+    let cases: Vec<(&str, Vec<&[u8]>)> = vec![
+        ("one frame", vec![&good]),
+        ("many frames", bytewise),
+        ("an empty frame before", vec![b"", &good]),
+        ("an empty frame behind", vec![&good, b""]),
+        ("absent", vec![&missing]),
+        ("senseless", vec![&senseless]),
+        ("nothing", vec![]),
+        ("half a message", vec![good.split_at(good.len() / 2).0]),
+        ("a compressed one", { vec![Box::leak(framed(1, b"\x1f\x8b").into_boxed_slice())] }),
+        ("no protobuf", vec![Box::leak(framed(0, &[0xff; 9]).into_boxed_slice())]),
+        ("too large", vec![&large]),
+    ];
+    for (name, frames) in cases {
+        let by_hand = called(&channel, &token, "application/grpc", &frames).await;
+        // A kind that the fast way does not know, and that the library takes for its own.
+        let usual = called(&channel, &token, "application/grpc+other", &frames).await;
+        // A value's age, and so the length of the message, differs from call to call.
+        assert_eq!((&by_hand.0, &by_hand.1), (&usual.0, &usual.1), "{name}");
+        assert!(by_hand.2.abs_diff(usual.2) < 12, "{name}: {} and {} bytes", by_hand.2, usual.2);
+    }
 }

@@ -34,6 +34,7 @@ use std::fs::{self, File, Metadata, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::fs::{FallocateFlags, OFlags};
 use rustix::io::{Errno, retry_on_intr};
@@ -139,13 +140,28 @@ pub(super) struct Segment {
     room: u64,
     /// Up to where zeros were written ahead; 0 where none were.
     prepared: u64,
+    /// Another opening of the file, from before anything was written to it: the kernel tells each opening of the errors of
+    /// write-back that came after it, and of others only where nobody has seen them yet.
+    other: Option<Arc<File>>,
 }
 
 impl Segment {
     fn new(path: PathBuf, file: File, synced: u64) -> io::Result<Self> {
         let identity = Identity::of(&file.metadata()?);
+        let other = reopened(&path, identity).ok();
         let (unsynced, damaged) = (Vec::new(), false);
-        Ok(Self { path, file, identity, found: synced, synced, unsynced, damaged, room: 0, prepared: 0 })
+        Ok(Self {
+            path,
+            file,
+            identity,
+            found: synced,
+            synced,
+            unsynced,
+            damaged,
+            room: 0,
+            prepared: 0,
+            other,
+        })
     }
 
     /// An empty one whose file holds `bytes` zeros, which are on the disk.
@@ -172,14 +188,9 @@ impl Segment {
         self.unsynced.len()
     }
 
-    /// Another opening of the file, which the kernel tells of its own errors.
-    pub(super) fn reopened(&self) -> io::Result<File> {
-        let mut options = OpenOptions::new();
-        let file = options.read(true).custom_flags(OFlags::NOFOLLOW.bits().cast_signed()).open(&self.path)?;
-        match Identity::of(&file.metadata()?) == self.identity && !self.damaged {
-            true => Ok(file),
-            false => Err(io::Error::other("the file is not the one that was written")),
-        }
+    /// The file, to be synced by somebody else; `None` where that can't be.
+    pub(super) fn other(&self) -> Option<Arc<File>> {
+        self.other.clone().filter(|_| !self.damaged)
     }
 
     /// So many bytes from the beginning are on the disk.
@@ -287,6 +298,7 @@ impl Segment {
         file.write_all_at(&self.unsynced, self.synced)?;
         file.sync_data()?;
         self.file = file;
+        self.other = reopened(&self.path, self.identity).ok();
         self.settle(self.len());
         Ok(())
     }
@@ -363,6 +375,15 @@ impl Segment {
         self.synced = length;
         self.unsynced.clear();
         self.damaged = false;
+    }
+}
+
+fn reopened(path: &Path, identity: Identity) -> io::Result<Arc<File>> {
+    let mut options = OpenOptions::new();
+    let file = options.read(true).custom_flags(OFlags::NOFOLLOW.bits().cast_signed()).open(path)?;
+    match Identity::of(&file.metadata()?) == identity {
+        true => Ok(Arc::new(file)),
+        false => Err(io::Error::other("the file is not the one that was written")),
     }
 }
 

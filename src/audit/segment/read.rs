@@ -32,7 +32,7 @@ const LOOKS: usize = 64;
 pub(super) const LINE_LIMIT: u64 = MAX_LINE as u64 + 2;
 
 /// How much a crash may leave behind the last whole line, in bytes. What is more is damage.
-pub(in crate::audit) const MAX_TORN: u64 = 8 << 20;
+pub(in crate::audit) const MAX_TORN: u64 = 16 << 20;
 
 /// Opens a segment for reading: neither a link nor something that blocks.
 pub(super) fn open_to_read(path: &Path) -> io::Result<File> {

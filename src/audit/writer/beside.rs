@@ -9,9 +9,9 @@
 //! What a relaxed environment reads is answered when its record is written, and the disk has it within a tenth of a second.
 //! A writer that stopped for that would keep everyone waiting who reads meanwhile: one read in a hundred, at the least.
 //!
-//! INVARIANT: it only ever says what is on the disk already. A sync that fails here fails for the writer's own file too,
-//! which the kernel tells of every error of its own: see `open(2)` and `fsync(2)`, errors of write-back. One that takes too
-//! long is made once more by the writer itself, who is watched.
+//! INVARIANT: it only ever says what is on the disk already. After one that failed, nothing is believed before the writer
+//! has synced itself: its own opening of the file is told of the same error, and what was lost is written again. One that
+//! takes too long is made once more by the writer itself, who is watched.
 
 use std::fs::File;
 use std::io;
@@ -20,11 +20,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use super::super::log::Shared;
 use super::super::segment::give_way;
 
 /// How long the writer relies on it.
-const PATIENCE: Duration = Duration::from_millis(500);
+const PATIENCE: Duration = Duration::from_millis(150);
 
 /// What is on the disk: of the segment that begins with `first`, so many bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,22 +33,18 @@ pub(super) struct Mark {
 }
 
 /// See the module. Held by the writer.
+#[derive(Default)]
 pub(super) struct Beside {
-    shared: Arc<Shared>,
-    orders: Option<Sender<(File, Mark)>>,
+    orders: Option<Sender<(Arc<File>, Mark)>>,
     done: Arc<Mutex<Option<io::Result<Mark>>>>,
     /// Since when one is under way.
     since: Option<Duration>,
 }
 
 impl Beside {
-    pub(super) fn new(shared: Arc<Shared>) -> Self {
-        Self { shared, orders: None, done: Arc::default(), since: None }
-    }
-
     /// Begins to sync `file`, which holds what `mark` says; it is another opening of it than the writer's. False where
     /// that can't be.
-    pub(super) fn begin(&mut self, file: File, mark: Mark, now: Duration) -> bool {
+    pub(super) fn begin(&mut self, file: Arc<File>, mark: Mark, now: Duration) -> bool {
         if self.orders.is_none() {
             self.orders = self.start();
         }
@@ -81,16 +76,15 @@ impl Beside {
     }
 
     /// The thread, which ends when nobody can order anything any more; a disk that does not answer is not waited for.
-    fn start(&self) -> Option<Sender<(File, Mark)>> {
-        let (orders, received): (_, Receiver<(File, Mark)>) = channel();
-        let (shared, done) = (Arc::clone(&self.shared), Arc::clone(&self.done));
+    fn start(&self) -> Option<Sender<(Arc<File>, Mark)>> {
+        let (orders, received): (_, Receiver<(Arc<File>, Mark)>) = channel();
+        let done = Arc::clone(&self.done);
         let work = move || {
             give_way(10);
             for (file, mark) in received {
                 let synced = file.sync_data().map(|()| mark);
                 drop(file);
                 *done.lock().unwrap_or_else(PoisonError::into_inner) = Some(synced);
-                shared.queue.poke();
             }
         };
         let thread = thread::Builder::new().name("claviger-sync".to_owned()).spawn(work);

@@ -65,6 +65,8 @@ pub(super) struct Writer {
     waiters: Vec<Waiter>,
     unsynced_since: Option<Duration>,
     beside: Beside,
+    /// Whether one beside the writer has failed since the writer synced itself.
+    syncs_alone: bool,
     /// When the last sync beside the writer began, and which checkpoint it is to bring to the disk: what was written since
     /// waits from then on.
     synced_at: Duration,
@@ -111,7 +113,6 @@ impl Writer {
             checkpoint: None,
         };
         let lines = Lines::new(&settings.instance);
-        let beside = Beside::new(Arc::clone(&shared));
         let mut writer = Self {
             settings,
             key,
@@ -125,7 +126,8 @@ impl Writer {
             lines,
             waiters: Vec::new(),
             unsynced_since: None,
-            beside,
+            beside: Beside::default(),
+            syncs_alone: false,
             synced_at: Duration::ZERO,
             synced_checkpoint: None,
             retention_due: true,
@@ -291,7 +293,15 @@ impl Writer {
 
     /// Takes note of what a sync beside the writer brought to the disk.
     fn take_note_of_the_disk(&mut self, now: Duration) {
-        let Some(Ok(mark)) = self.beside.ended() else { return };
+        let mark = match self.beside.ended() {
+            None => return,
+            Some(Ok(mark)) => mark,
+            Some(Err(error)) => {
+                tracing::warn!(%error, "audit log: a sync failed; it is made again, and what was lost is written again");
+                self.syncs_alone = true;
+                return;
+            }
+        };
         if mark.first == self.segment.first() {
             self.segment.is_synced_to(mark.bytes);
             let rest = self.segment.unsynced() > 0;
@@ -308,7 +318,7 @@ impl Writer {
     fn sync_beside(&mut self, now: Duration) -> bool {
         let is_all =
             !self.is_troubled && self.sign_due().is_none_or(|due| now < due) && self.pending.is_empty();
-        if !is_all || self.segment.unsynced() > MOST_UNSYNCED {
+        if !is_all || self.syncs_alone || self.segment.unsynced() > MOST_UNSYNCED {
             return false;
         }
         if self.beside.is_under_way(now) {
@@ -317,7 +327,7 @@ impl Writer {
         let mark = Mark { first: self.segment.first(), bytes: self.segment.len() };
         // One that takes too long is not begun again beside it.
         let is_free = self.beside.due().is_none();
-        let begun = is_free && self.segment.reopened().is_ok_and(|file| self.beside.begin(file, mark, now));
+        let begun = is_free && self.segment.other().is_some_and(|file| self.beside.begin(file, mark, now));
         if begun {
             (self.synced_at, self.synced_checkpoint) = (now, self.tally.checkpoint);
         }
@@ -379,6 +389,7 @@ impl Writer {
         self.unsynced_since =
             if sync { None } else { self.unsynced_since.or_else(|| Some(self.clock.monotonic())) };
         if sync {
+            self.syncs_alone = false;
             self.tell_checkpoint();
         }
         self.publish();
@@ -428,6 +439,8 @@ impl Writer {
     }
 
     fn tell_checkpoint(&mut self) {
+        // What is under way beside the writer would bring no newer one.
+        self.synced_checkpoint = None;
         if let Some(head) = self.tally.checkpoint.take() {
             self.tell(head);
         }

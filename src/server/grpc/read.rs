@@ -43,31 +43,25 @@ pub(super) enum Body {
 
 /// Reads a body of no more than `most` bytes.
 pub(super) async fn read(mut body: Incoming, most: usize) -> Body {
-    let mut before = match next(&mut body).await {
-        Some(bytes) => bytes,
-        None => return Body::Other(Rejoined { before: None, rest: body }),
+    let Some(first) = next(&mut body).await else {
+        return Body::Other(Rejoined { before: None, rest: body });
     };
     // Nearly always the first frame is all there is.
-    while !body.is_end_stream() {
-        match next(&mut body).await {
-            Some(more) if before.len() + more.len() <= most + wire::PREFIX => {
-                let mut joined = BytesMut::with_capacity(before.len() + more.len());
-                joined.extend_from_slice(&before);
-                joined.extend_from_slice(&more);
-                before = joined.freeze();
+    let whole = if body.is_end_stream() {
+        first
+    } else {
+        let mut joined = BytesMut::from(first);
+        while joined.len() <= most + wire::PREFIX && !body.is_end_stream() {
+            match next(&mut body).await {
+                Some(more) => joined.extend_from_slice(&more),
+                None => break,
             }
-            Some(more) => {
-                let mut joined = BytesMut::from(before);
-                joined.extend_from_slice(&more);
-                return Body::Other(Rejoined { before: Some(joined.freeze()), rest: body });
-            }
-            None if body.is_end_stream() => break,
-            None => return Body::Other(Rejoined { before: Some(before), rest: body }),
         }
-    }
-    match message(before.clone(), most) {
-        Some(message) => Body::Message(message),
-        None => Body::Other(Rejoined { before: Some(before), rest: body }),
+        joined.freeze()
+    };
+    match message(whole.clone(), most) {
+        Some(message) if body.is_end_stream() => Body::Message(message),
+        _ => Body::Other(Rejoined { before: Some(whole), rest: body }),
     }
 }
 

@@ -1,5 +1,6 @@
 //! The reply to a read, encoded by hand: once, into memory of the right size that is wiped when the transport is done
-//! with it. It is what `prost` would write of the same message.
+//! with it. It is what `prost` would write of the same message. What the transport copies on its way to the socket, into
+//! the buffer of HTTP/2 or of TLS, is overwritten by later replies and wiped by nobody.
 //!
 //! ```text
 //! 0   1            5

@@ -98,6 +98,8 @@ pub(super) enum Kind {
 pub(super) struct Failure {
     pub(super) kind: Kind,
     cause: String,
+    /// Whether the call was not made, because of the account's quota.
+    pub(super) is_held_back: bool,
 }
 
 impl<E> From<SdkError<E>> for Failure
@@ -116,7 +118,9 @@ where
                 Self::of_code(said.code(), said.message(), Some(service.raw().status().as_u16()))
             }
             SdkError::TimeoutError(_) => Self::unavailable("no answer within the time permitted"),
-            SdkError::ConstructionFailure(_) => Self { kind: Kind::Refused, cause: causes(&error) },
+            SdkError::ConstructionFailure(_) => {
+                Self { kind: Kind::Refused, cause: causes(&error), is_held_back: false }
+            }
             _ => Self::of_dispatch(&error),
         }
     }
@@ -146,7 +150,7 @@ impl Failure {
             (None, Some(status)) => format!("HTTP status {status} {message}"),
             (None, None) => message.to_owned(),
         };
-        Self { kind, cause: one_line(&cause) }
+        Self { kind, cause: one_line(&cause), is_held_back: false }
     }
 
     fn of_dispatch(error: &(dyn Error + 'static)) -> Self {
@@ -155,23 +159,26 @@ impl Failure {
             Some(CredentialsError::CredentialsNotLoaded(_)) => Self {
                 kind: Kind::Unauthenticated,
                 cause: format!("no AWS credentials found; asked, in this order: {CREDENTIALS_CHAIN}"),
+                is_held_back: false,
             },
-            Some(CredentialsError::InvalidConfiguration(_)) => Self { kind: Kind::Unauthenticated, cause },
+            Some(CredentialsError::InvalidConfiguration(_)) => {
+                Self { kind: Kind::Unauthenticated, cause, is_held_back: false }
+            }
             // A role that may not be assumed is an answer; an STS that can't be reached is none.
             Some(_) if DENIED.iter().chain(CREDENTIALS).any(|code| cause.contains(code)) => {
-                Self { kind: Kind::Unauthenticated, cause }
+                Self { kind: Kind::Unauthenticated, cause, is_held_back: false }
             }
-            _ => Self { kind: Kind::Unavailable, cause },
+            _ => Self { kind: Kind::Unavailable, cause, is_held_back: false },
         }
     }
 
     fn unavailable(cause: &str) -> Self {
-        Self { kind: Kind::Unavailable, cause: cause.to_owned() }
+        Self { kind: Kind::Unavailable, cause: cause.to_owned(), is_held_back: false }
     }
 
     /// A call that was not made, so that AWS need not refuse it.
     pub(super) fn throttled(cause: String) -> Self {
-        Self { kind: Kind::Throttled, cause }
+        Self { kind: Kind::Throttled, cause, is_held_back: true }
     }
 
     /// Whether the action itself is not permitted; not, as with the key of a secret, something about what was asked for.

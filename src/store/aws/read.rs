@@ -185,7 +185,7 @@ fn item_error<'a>(error: &ApiErrorType, asked: &HashMap<String, &'a Item>) -> Op
 }
 
 /// A failure of the whole call is every item's, unless asking one by one may do better: the permission for batches is
-/// one of its own, and one secret's state can fail a batch.
+/// one of its own, so is their quota, and one secret's state can fail a batch.
 fn take_failure<'a>(
     failure: &Failure,
     asked: &HashMap<String, &'a Item>,
@@ -193,7 +193,7 @@ fn take_failure<'a>(
 ) {
     let hopeless =
         matches!(failure.kind, Kind::Throttled | Kind::Unavailable | Kind::Unauthenticated | Kind::Limit);
-    if hopeless {
+    if hopeless && !failure.is_held_back {
         for item in asked.values() {
             answers.entry(*item).or_insert_with(|| Err(failure.clone().about(&item.0, Some(&item.1))));
         }
