@@ -1,7 +1,7 @@
 //! Where a writer goes on: the end of a chain, read strictly.
 //!
 //! ```text
-//!   lines, acknowledged or not      torn, never acknowledged               written ahead
+//!   lines, acknowledged or not      torn, never told to be durable         written ahead
 //!   ├── line\n ── … ── line\n ──┼── li 0 0 0 0 e\n ── line\n ── lin ──┼── 0 0 0 0 0 0 ┤
 //!                                │                                     └ no content, cut off without a word
 //!                                └ cut off and recorded; kept in a file, where it is more than one unfinished line

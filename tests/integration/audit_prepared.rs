@@ -19,7 +19,7 @@ const HUNG: Duration = Duration::from_secs(60);
 const DAY: Duration = Duration::from_secs(86_400);
 const SEGMENT: u64 = 64 << 10;
 /// How much a start cuts off at most.
-const MOST_TORN: usize = 8 << 20;
+const MOST_TORN: usize = 16 << 20;
 
 fn settings(place: &Place) -> Settings {
     Settings { segment_bytes: SEGMENT, ..place.settings() }
