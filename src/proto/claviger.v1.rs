@@ -234,10 +234,11 @@ pub struct ListedSecret {
 /// Names.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ListSecretsResponse {
-    /// A page of them.
+    /// A page of them. It may hold fewer than were asked for, or none, and not be the last: what is deleted and not asked
+    /// for takes its time to look at, too.
     #[prost(message, repeated, tag = "1")]
     pub secrets: ::prost::alloc::vec::Vec<ListedSecret>,
-    /// Where the next page starts; empty on the last.
+    /// Where the next page starts; empty on the last, and on no other.
     #[prost(string, tag = "2")]
     pub next_page_token: ::prost::alloc::string::String,
 }
@@ -2584,10 +2585,10 @@ pub struct Chain {
     /// How many `lost` records there are: what is left may be whole, but is not all there was.
     #[prost(uint64, tag = "8")]
     pub losses: u64,
-    /// How often a start cut off an unfinished last line, as a crash leaves it.
+    /// How often a start cut off an unfinished end, as a crash leaves it.
     #[prost(uint64, tag = "9")]
     pub repairs: u64,
-    /// How many bytes of an unfinished line end the chain now: a write under way, or a crash.
+    /// How many bytes of an unfinished end follow the chain now: a write under way, or a crash.
     #[prost(uint64, tag = "10")]
     pub torn_bytes: u64,
 }
