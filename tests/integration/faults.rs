@@ -151,6 +151,8 @@ async fn b33_without_file_descriptors_the_broker_lives_on_and_serves_again() {
         std::fs::read_dir(format!("/proc/{}/fd", program.id().as_raw_nonzero())).unwrap().count() as u64
     };
     let program = Program::dev(folder.path());
+    // Whoever is answered knows that all the threads that serve are there, with what they hold open.
+    secrets(&program.socket).await.get_secret(get("database")).await.unwrap();
     let most = open(&program) + 8;
     drop(program);
     let program = limited(folder.path(), Resource::Nofile, most);
