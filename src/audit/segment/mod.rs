@@ -193,6 +193,13 @@ impl Segment {
         self.other.clone().filter(|_| !self.damaged)
     }
 
+    /// Has whoever syncs it beside the writer fail: a pipe can't be synced.
+    #[cfg(test)]
+    pub(super) fn fail_beside(&mut self) {
+        let (reader, _) = io::pipe().unwrap();
+        self.other = Some(Arc::new(File::from(std::os::fd::OwnedFd::from(reader))));
+    }
+
     /// So many bytes from the beginning are on the disk.
     pub(super) fn is_synced_to(&mut self, bytes: u64) {
         let more = usize::try_from(bytes.saturating_sub(self.synced)).unwrap_or(usize::MAX);

@@ -515,3 +515,78 @@ impl Drop for Failure<'_> {
         self.0.fail();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::audit::{Batch, View};
+    use crate::clock::{Clock as _, ManualClock};
+    use crate::environment::Durability;
+
+    fn writer(directory: &std::path::Path) -> (Writer, Arc<ManualClock>) {
+        let clock = ManualClock::new(Timestamp::UNIX_EPOCH);
+        let settings = Settings::new(directory, "a");
+        let key = SigningKey::from_pkcs8(&SigningKey::generate_pkcs8().unwrap()).unwrap();
+        let shared = Arc::new(Shared::new(directory, &settings, key.verifying_key(), clock.clone()));
+        (Writer::open(settings, key, clock.clone(), shared).unwrap().0, clock)
+    }
+
+    fn relaxed() -> Work {
+        let mut records = Batch::default();
+        records.push(&View { secret: "database", ..View::default() });
+        Work::Records { records, durability: Durability::Relaxed, claim: None }
+    }
+
+    /// Begins a sync beside the writer of what was written, and gives time until it has ended.
+    fn synced_beside(writer: &mut Writer, clock: &ManualClock) {
+        writer.commit(&[relaxed()], Level::Written).unwrap();
+        clock.advance(SYNC_WITHIN);
+        writer.tick();
+        assert!(writer.beside.due().is_some(), "one is under way");
+        while writer.beside.due().is_some() && !writer.syncs_alone {
+            writer.take_note_of_the_disk(clock.monotonic());
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn what_a_sync_beside_the_writer_brought_to_the_disk_is_known() {
+        let folder = tempfile::tempdir().unwrap();
+        let (mut writer, clock) = writer(folder.path());
+        synced_beside(&mut writer, &clock);
+        assert_eq!((writer.segment.unsynced(), writer.unsynced_since), (0, None));
+    }
+
+    #[test]
+    fn after_a_sync_beside_the_writer_that_failed_nothing_is_believed_before_its_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let (mut writer, clock) = writer(folder.path());
+        writer.segment.fail_beside();
+        synced_beside(&mut writer, &clock);
+        assert!(writer.segment.unsynced() > 0 && writer.unsynced_since.is_some(), "kept to be written again");
+        assert!(!writer.sync_beside(clock.monotonic()), "no other is asked");
+        writer.tick();
+        assert_eq!((writer.segment.unsynced(), writer.unsynced_since), (0, None), "the writer's own");
+        assert!(!writer.syncs_alone);
+    }
+
+    #[test]
+    fn a_checkpoint_that_is_told_is_never_older_than_the_last() {
+        let folder = tempfile::tempdir().unwrap();
+        let (mut writer, clock) = writer(folder.path());
+        let told = |writer: &Writer| writer.shared.checkpoint.lock().unwrap().clone().unwrap().seq;
+        let work: Vec<_> = (0..100).map(|_| relaxed()).collect();
+        writer.commit(&work, Level::Written).unwrap();
+        clock.advance(SYNC_WITHIN);
+        writer.tick();
+        // A durable commit comes between, with a checkpoint of its own, and another is written behind it.
+        writer.commit(&work, Level::Synced).unwrap();
+        let newest = told(&writer);
+        writer.commit(&work, Level::Written).unwrap();
+        while writer.beside.due().is_some() {
+            writer.take_note_of_the_disk(clock.monotonic());
+            std::thread::yield_now();
+        }
+        assert_eq!(told(&writer), newest);
+    }
+}
